@@ -1,0 +1,125 @@
+"""A split is one half of a data set (train or val): images by index, or images as they come (a stream).
+
+Every image leaves a split as a decoded PIL image of mode L or RGB together with its class index; an image that
+cannot be read raises BadImage, and the loader decides what follows from it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from siman_convert.data.images import printable
+from siman_convert.errors import InputError, SimanError
+
+Labels = NDArray[np.int64]  # (N,) class indices
+
+
+class BadImage(SimanError):  # noqa: N818  a fact about a file, which the loader counts; rarely an error of the run
+    """One image that cannot be read: its path (printable) and why."""
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(path, why)
+        self.path = printable(path)
+        self.why = why
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.why}"
+
+
+@dataclass(frozen=True, eq=False)
+class Split(ABC):
+    """One map-style split. `name` is "train" or "val"; indices run from 0 to len - 1."""
+
+    name: str
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """The decoded image (mode L or RGB) and its class index; raises BadImage."""
+
+    @abstractmethod
+    def label(self, index: int) -> int:
+        """The class index, without decoding the image where the format allows it."""
+
+    def size(self, index: int) -> tuple[int, int]:
+        """(height, width) in pixels, from the file's header where the format allows it; raises BadImage."""
+        image, _ = self.read(index)
+        return image.height, image.width
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySplit(Split):
+    """Images of one size held in memory: `images` uint8 (N, H, W) grey or (N, H, W, 3) RGB, `labels` (N,)."""
+
+    images: NDArray[np.uint8]
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+    def label(self, index: int) -> int:
+        return int(self.labels[index])
+
+    def size(self, index: int) -> tuple[int, int]:  # noqa: ARG002  all are of one size
+        return int(self.images.shape[1]), int(self.images.shape[2])
+
+
+@dataclass(frozen=True, eq=False)
+class StreamSplit:
+    """A split without random access: a timm IterableImageDataset (wds, tfds, hfids) and its declared sample count.
+
+    timm's reader shards it over ranks and workers by itself (from torch.distributed and the worker's number) and
+    skips images it cannot read without telling. `start` must be called before each pass, in the parent process.
+    """
+
+    name: str
+    dataset: Any
+    samples: int
+
+    def __len__(self) -> int:
+        return self.samples
+
+    def start(self, *, epoch: int, batch_size: int, workers: int) -> None:
+        """Tell timm's reader the epoch (its shuffle) and the loader's shape (its rounding to full batches)."""
+        self.dataset.reader.batch_size = batch_size
+        self.dataset.set_loader_cfg(num_workers=workers)
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        for image, label in self.dataset:
+            yield image, int(label)
+
+
+AnySplit = Split | StreamSplit
+
+
+def stratified(labels: Labels, fraction: float, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Cut indices 0..N-1 into (train, val), both ascending; val takes `fraction` of every class, rounded.
+
+    A class of two or more images keeps at least one on each side; a class of one image stays in train.
+    The same labels, fraction and seed give the same cut on every machine (numpy's PCG64 stream is fixed).
+    """
+    if not 0.0 < fraction < 1.0:
+        raise InputError(f"--val-split {fraction}: expected a share between 0 and 1, such as 0.1")
+    generator = np.random.Generator(np.random.PCG64(seed))
+    in_val = np.zeros(len(labels), dtype=bool)
+    by_class = np.argsort(labels, kind="stable")
+    for members in np.split(by_class, np.flatnonzero(np.diff(labels[by_class])) + 1):
+        if len(members) > 1:
+            count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+            in_val[members[generator.random(len(members)).argsort(kind="stable")[:count]]] = True
+    if not in_val.any():
+        raise InputError("--val-split: every class has a single image, nothing is left to hold out; add images")
+    return np.flatnonzero(~in_val), np.flatnonzero(in_val)

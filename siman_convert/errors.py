@@ -1,0 +1,19 @@
+"""Every error a user can cause: one line of text, one exit code, no traceback."""
+
+
+class SimanError(Exception):
+    """Something failed that is not the user's input (numerics, memory, disk); the command exits with 1."""
+
+    exit_code = 1
+
+
+class InputError(SimanError):
+    """Wrong usage or input: the message names the thing, what was expected and what to do; exits with 2."""
+
+    exit_code = 2
+
+
+class MismatchError(SimanError):
+    """`verify` found two backends that disagree beyond the stated bounds; exits with 3."""
+
+    exit_code = 3

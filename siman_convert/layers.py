@@ -1,0 +1,234 @@
+"""SiMaNConv2d: an nn.Conv2d whose forward uses one-bit weights and one-bit activations.
+
+    y = alpha * conv(sign(x - mean(x)), 2b - 1) + bias        mean over (C, H, W) of each sample; zero padding after the sign
+
+Weights are binarized by magnitude, not by sign (see `binarize`), so `weight` holds latent full-precision values that only
+training needs. Nothing here decides when to clip, anneal or decay: that is the trainer's.
+"""
+
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from siman_convert import binarize
+from siman_convert.binarize import Selection
+from siman_convert.errors import InputError
+
+Init = Literal["remap", "copy"]
+INITS: tuple[Init, ...] = get_args(Init)
+
+
+class Geometry(NamedTuple):
+    """Where the taps of a convolution lie: (vertical, horizontal) pairs; `pads` are (left, right, top, bottom) as F.pad's."""
+
+    stride: tuple[int, int]
+    pads: tuple[int, int, int, int]
+    dilation: tuple[int, int]
+    groups: int
+
+
+class SiMaNConv2d(nn.Conv2d):
+    """A binary convolution trained by SiMaN. Takes `nn.Conv2d`'s arguments, zero padding only.
+
+    Parameters: `weight` (C_out, C_in/groups, kH, kW), the latent weights; `alpha` (C_out,), one learned scale per output
+    channel; `bias` (C_out,) or None, added after alpha. `selection` is how magnitudes become bits: `half` or `analytic`.
+
+    Training: threshold and statistics in float32 (float64 for float64 input) whatever autocast says.
+    Eval: the threshold is the float64 mean rounded to float32, as in every runtime, and the integer convolution is exact.
+    """
+
+    def __init__(self, *args: Any, selection: Selection = "half", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.padding_mode != "zeros":
+            raise InputError(f"SiMaNConv2d pads with zeros only, got padding_mode={self.padding_mode!r}")
+        if selection not in binarize.SELECTIONS:
+            raise InputError(f"unknown bit selection {selection!r}; known: {', '.join(binarize.SELECTIONS)}")
+        self.selection: Selection = selection
+        self.alpha = nn.Parameter(self._rows().detach().abs().mean(dim=1))
+
+    @classmethod
+    def from_float(cls, conv: nn.Conv2d, init: Init = "remap", selection: Selection = "half") -> "SiMaNConv2d":
+        """A binary layer in place of `conv`; same shape, device, dtype, training flag and requires_grad.
+
+        `remap` re-expresses the pretrained weights in magnitudes (`binarize.remap_rows`), alpha being their projection on
+        the bits; `copy` takes them as they are, alpha = mean|w|, which loses their signs.
+        """
+        if init not in INITS:
+            raise InputError(f"unknown initialisation {init!r}; known: {', '.join(INITS)}")
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            cast("tuple[int, int]", conv.kernel_size),
+            stride=conv.stride,
+            padding=conv.padding,
+            dilation=conv.dilation,
+            groups=conv.groups,
+            bias=conv.bias is not None,
+            padding_mode=conv.padding_mode,
+            device=conv.weight.device,
+            dtype=conv.weight.dtype,
+            selection=selection,
+        )
+        rows = conv.weight.detach().flatten(1)
+        with torch.no_grad():
+            layer.weight.copy_((binarize.remap_rows(rows) if init == "remap" else rows).view_as(layer.weight))
+            bits = layer.bits().flatten(1)
+            layer.alpha.copy_(binarize.projection_scale(rows, bits) if init == "remap" else rows.abs().mean(dim=1))
+            if conv.bias is not None:
+                cast(Tensor, layer.bias).copy_(conv.bias)
+        layer.requires_grad_(conv.weight.requires_grad)
+        return layer.train(conv.training)
+
+    @torch.no_grad()
+    def clip_weights_(self, percent: float) -> None:
+        """Clip the latent weights by magnitude percentiles, in place (`binarize.clip_magnitudes`); once per optimizer step."""
+        self.weight.copy_(binarize.clip_magnitudes(self._rows(), percent).view_as(self.weight))
+
+    @torch.no_grad()
+    def bits(self) -> Tensor:
+        """The bits of the current weights, bool (C_out, C_in/groups, kH, kW); True stands for +1."""
+        z, _ = binarize.standardize(self._rows())
+        return binarize.BITS[self.selection](z.abs()).view_as(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) -> (N, C_out, H', W'), in x's dtype, or autocast's."""
+        threshold = batch_mean(x) if self.training else exact_mean(x)
+        bw = BinarizeWeight.apply(self._rows(), self.selection).view_as(self.weight)
+        y: Tensor = BinaryConv.apply(x, threshold, bw, self.alpha, self._geometry(), not self.training)
+        return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, selection={self.selection}"
+
+    def _rows(self) -> Tensor:
+        rows = self.weight.flatten(1)
+        return rows if rows.dtype == torch.float64 else rows.float()
+
+    def _geometry(self) -> Geometry:
+        left, right, top, bottom = self._reversed_padding_repeated_twice
+        stride, dilation = cast("tuple[int, int]", self.stride), cast("tuple[int, int]", self.dilation)
+        return Geometry(stride, (left, right, top, bottom), dilation, self.groups)
+
+
+class BinarizeWeight(torch.autograd.Function):
+    """w (C_out, n) -> 2b - 1, straight-through with respect to |z| (paper, Eq. 16; d(2b - 1)/d|z| := 1)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, selection: Selection) -> Tensor:
+        z, rstd = binarize.standardize(rows)
+        ctx.save_for_backward(z, rstd)
+        return binarize.BITS[selection](z.abs()).to(rows.dtype).mul_(2).sub_(1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_bw: Tensor) -> tuple[Tensor, None]:
+        z, rstd = ctx.saved_tensors
+        return binarize.standardize_backward(grad_bw * z.sign(), z, rstd), None
+
+
+class BinaryConv(torch.autograd.Function):
+    """y = alpha * conv(sign(x - threshold), bw), with the surrogate gradient max(0, 2 - 2|a|) of a = (x - mean) / std.
+
+    Saves x (which a full-precision convolution saves too), no intermediate: signs and statistics are computed again.
+    The convolution's output is not needed either, since dL/dalpha_k = sum g*o = <dL/d(unscaled weight)_k, bw_k>.
+    `exact` rounds the convolution to the integer it is, whatever algorithm computed it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, threshold: Tensor, bw: Tensor, alpha: Tensor, geometry: Geometry, exact: bool
+    ) -> Tensor:
+        dtype = _compute_dtype(x)
+        ctx.save_for_backward(x, threshold, bw, alpha)
+        ctx.geometry, ctx.compute_dtype = geometry, dtype
+        signs, pads = _pad(_signs(x, threshold, dtype), geometry.pads)
+        y = F.conv2d(signs, bw.to(dtype), None, geometry.stride, pads, geometry.dilation, geometry.groups)
+        if exact:
+            y = y.round_()
+        return y.mul_(alpha.to(dtype).view(-1, 1, 1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None]:
+        x, threshold, bw, alpha = ctx.saved_tensors
+        geometry, dtype = ctx.geometry, ctx.compute_dtype
+        signs, pads = _pad(_signs(x, threshold, dtype), geometry.pads)
+        # The input's gradient wants the scaled weight, the weight's gradient the unscaled output gradient: one call does both.
+        scaled = (bw * alpha.to(bw.dtype).view(-1, 1, 1, 1)).to(dtype)
+        grad_signs, grad_unscaled, _ = torch.ops.aten.convolution_backward(
+            grad_y.to(dtype), signs, scaled, None, geometry.stride, pads, geometry.dilation, False, [0, 0],
+            geometry.groups, [ctx.needs_input_grad[0], True, False],
+        )  # fmt: skip
+        grad_unscaled = grad_unscaled.to(bw.dtype)
+        grad_alpha = (grad_unscaled * bw).sum(dim=(1, 2, 3)).to(alpha.dtype)
+        grad_bw = grad_unscaled.mul_(alpha.to(bw.dtype).view(-1, 1, 1, 1))
+        if not ctx.needs_input_grad[0]:
+            return None, None, grad_bw, grad_alpha, None, None
+        if signs.shape != x.shape:
+            left, right, top, bottom = geometry.pads
+            grad_signs = F.pad(grad_signs, (-left, -right, -top, -bottom))
+        return sign_backward(grad_signs, x, threshold), None, grad_bw, grad_alpha, None, None
+
+
+def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+    """Gradient of sign(a), a = (x - mean) / std per sample over (C, H, W), with d sign(a)/da := max(0, 2 - 2|a|).
+
+    With p = grad_signs * max(0, 2 - 2|a|):  dL/dx = (p - mean(p) - a * sum(p*a) / (N - 1)) / std,  N = C*H*W.
+    """
+    shape = (-1, 1, 1, 1)
+    centred = x.to(mean.dtype) - mean  # (N, C, H, W)
+    count = centred[0].numel()
+    rstd = torch.rsqrt(_inner(centred, centred) / max(1, count - 1) + binarize.EPS).view(shape)
+    a = centred.mul_(rstd)
+    p = a.abs().mul_(-2).add_(2).clamp_(min=0).mul_(grad_signs)
+    slope = _inner(p, a).view(shape) / max(1, count - 1)
+    p.sub_(p.mean(dim=(1, 2, 3), keepdim=True)).sub_(a.mul_(slope)).mul_(rstd)
+    return p.to(x.dtype)
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Inner product of each sample's elements, (N,). einsum's float32 sum was 500 times less accurate here, and slower."""
+    if a.is_contiguous(memory_format=torch.channels_last):  # flatten views of the memory, where it can
+        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+
+
+def _signs(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
+    """+1 where x >= threshold, else -1 (for NaN too). Comparing straight into `dtype` saves a pass over a bool tensor."""
+    return torch.ge(x, threshold, out=torch.empty_like(x, dtype=dtype)).mul_(2).sub_(1)
+
+
+def _pad(signs: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """The signs and the padding a convolution has to add; unequal padding (of `same`) is written out as zeros."""
+    left, right, top, bottom = pads
+    if left == right and top == bottom:
+        return signs, (top, left)
+    return F.pad(signs, pads), (0, 0)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def batch_mean(x: Tensor) -> Tensor:
+    """Mean of each sample, (N, 1, 1, 1), in float32 (float64 for float64 input)."""
+    return x.mean(dim=(1, 2, 3), keepdim=True, dtype=_statistics_dtype(x))
+
+
+def exact_mean(x: Tensor) -> Tensor:
+    """Mean of each sample taken in float64 and rounded to float32 (not rounded for float64 input), (N, 1, 1, 1).
+
+    Sample by sample: a float64 copy of the whole batch costs 50 times more, and a sample's mean must not depend on
+    the batch around it.
+    """
+    means = [sample.mean(dtype=torch.float64) for sample in x]
+    stacked = torch.stack(means) if means else x.new_empty(0, dtype=torch.float64)
+    return stacked.to(_statistics_dtype(x)).view(-1, 1, 1, 1)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
