@@ -146,6 +146,6 @@ def projection_scale(rows: Tensor, bits: Tensor) -> Tensor:
     return torch.where(bits, rows, -rows).mean(dim=1)
 
 
-def clip_percent(epoch: int, epochs: int) -> float:
-    """The clip of an epoch, in percent: 15 * (1 - epoch/epochs), falling linearly from 15 (paper, Sec. 3.4)."""
-    return 15.0 * (1.0 - epoch / epochs)
+def clip_percent(epoch: int, epochs: int, start: float = 15.0) -> float:
+    """The clip of an epoch, in percent: start * (1 - epoch/epochs), falling linearly (paper, Sec. 3.4; the authors' 15)."""
+    return start * (1.0 - epoch / epochs)

@@ -2,8 +2,8 @@
 
 MACs are those of one image at the plan's input size, all calls of a layer summed: output elements times the taps of
 one filter. A binarized convolution's are 1-bit MACs, everything else's full-precision ones. Matrix products and
-convolutions outside Conv2d and Linear modules (attention, blur filters) are one row; element-wise operators are not
-counted.
+convolutions outside Conv2d and Linear modules (attention, blur filters) are one row; element-wise operators and recurrent
+layers are not counted.
 
 Bytes are those of the state_dict: what a model file holds, which is every parameter and persistent buffer once.
     before  the elements at the width they have now (float32: 4 bytes)
@@ -21,10 +21,10 @@ from typing import Literal
 from torch import Tensor, nn
 
 from siman_convert.layers import SiMaNConv2d
-from siman_convert.plan import ConvDecision, Plan
+from siman_convert.plan import ConvDecision, Plan, tap_count
 from siman_convert.trace import Trace, trace
 
-MATRIX_PRODUCTS = "(other matrix products)"
+MATRIX_PRODUCTS = "(matrix products)"
 EVERYTHING_ELSE = "(everything else)"
 Shape = tuple[int, ...]
 
@@ -92,10 +92,10 @@ def plan_costs(model: nn.Module, plan: Plan) -> Costs:
     rows = [_layer_row(name, layer, decisions.get(name), graph, held[name]) for name, layer in layers.items()]
     products = sum(node.macs for node in graph.nodes if node.module not in layers)
     if products:
-        why = "matrix products and convolutions outside Conv2d and Linear modules"
+        why = "outside Conv2d and Linear"
         rows.append(LayerCost(MATRIX_PRODUCTS, "other", None, why, None, None, 0, products, 0, 0))
     rest = held[""] if "" not in layers else 0
-    why = "normalisation, other parameters, buffers"
+    why = "norms, other parameters, buffers"
     rows.append(LayerCost(EVERYTHING_ELSE, "other", None, why, None, None, 0, 0, rest, rest))
     return Costs(tuple(rows))
 
@@ -104,10 +104,7 @@ def _layer_row(
     name: str, layer: nn.Conv2d | nn.Linear, decision: ConvDecision | None, graph: Trace, held: int
 ) -> LayerCost:
     calls = graph.calls.get(name, ())
-    if isinstance(layer, nn.Conv2d):
-        taps = prod(layer.kernel_size) * (layer.in_channels // layer.groups)
-    else:
-        taps = layer.in_features
+    taps = tap_count(layer) if isinstance(layer, nn.Conv2d) else layer.in_features  # of one output element
     macs = sum(prod(call.output_shape) for call in calls) * taps
     largest = max(calls, key=lambda call: prod(call.input_shape), default=None)
     binary = decision is not None and decision.binarize
@@ -115,7 +112,7 @@ def _layer_row(
         name=name,
         type="conv" if isinstance(layer, nn.Conv2d) else "linear",
         decision=decision,
-        reason="kept: not a convolution" if decision is None else decision.reason,
+        reason="not a convolution" if decision is None else decision.reason,
         input_shape=None if largest is None else largest.input_shape[1:],
         output_shape=None if largest is None else largest.output_shape[1:],
         binary_macs=macs if binary else 0,

@@ -93,6 +93,14 @@ class SiMaNConv2d(nn.Conv2d):
         z, _ = binarize.standardize(self._rows())
         return binarize.BITS[self.selection](z.abs()).view_as(self.weight)
 
+    @torch.no_grad()
+    def unscaled(self, x: Tensor) -> Tensor:
+        """The integer convolution of eval mode, before alpha and bias: (N, C_in, H, W) -> (N, C_out, H', W')."""
+        bw = self.bits().to(x.dtype).mul_(2).sub_(1)
+        ones = x.new_ones(self.out_channels)
+        y: Tensor = BinaryConv.apply(x, exact_mean(x), bw, ones, self._geometry(), True)
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), in x's dtype, or autocast's."""
         threshold = batch_mean(x) if self.training else exact_mean(x)
@@ -101,7 +109,8 @@ class SiMaNConv2d(nn.Conv2d):
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, selection={self.selection}"
+        base: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{base}, selection={self.selection}"
 
     def _rows(self) -> Tensor:
         rows = self.weight.flatten(1)
@@ -193,7 +202,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     """Inner product of each sample's elements, (N,). einsum's float32 sum was 500 times less accurate here, and slower."""
     if a.is_contiguous(memory_format=torch.channels_last):  # flatten views of the memory, where it can
         a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    return torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    products: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
+    return products
 
 
 def _signs(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
@@ -210,8 +220,9 @@ def _pad(signs: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    device = x.device.type  # "meta" knows no autocast
+    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if mixed else x.dtype
 
 
 def batch_mean(x: Tensor) -> Tensor:

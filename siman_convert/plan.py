@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from functools import cache
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch.nn.utils.parametrize as parametrize
@@ -178,30 +179,29 @@ def _classifier(_path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
 
 def _stem(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
     if path in facts.readers:
-        return "stem: it reads the image"
+        return "stem: reads the image"
     return "3 input channels, like an image" if conv.in_channels == 3 else None
 
 
 def _depthwise(_path: str, conv: nn.Conv2d, _facts: _Facts) -> str | None:
     if conv.in_channels != conv.groups:
         return None
-    taps = conv.weight[0].numel()
     what = "depthwise" if conv.groups > 1 else "one input channel"
-    return f"{what}: {taps} {'tap' if taps == 1 else 'taps'} a filter {'is' if taps == 1 else 'are'} too few"
+    return f"{what}: {_taps(conv)}"
 
 
 def _no_map(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
     maps = {call.input_shape[-2:] for call in facts.graph.calls[path]}
     if maps == {(1, 1)}:
-        return "its input map is 1x1"
+        return "input map is 1x1"
     kh, kw = (d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
     if all(kh >= h and kw >= w for h, w in maps):
-        return f"its {_by(conv.kernel_size)} kernel covers the whole {_by(max(maps))} input"
+        return f"{_by(conv.kernel_size)} kernel covers its {_by(max(maps))} input"
     return None
 
 
 def _shortcut(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
-    return "1x1 shortcut of a residual block" if conv.kernel_size == (1, 1) and path in facts.shortcuts else None
+    return "1x1 residual shortcut" if conv.kernel_size == (1, 1) and path in facts.shortcuts else None
 
 
 def _irreplaceable(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
@@ -228,17 +228,21 @@ _RULES: tuple[_Rule, ...] = (_unreached, _classifier, _stem, _depthwise, _no_map
 
 def _impossible(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
     """Why not even the user's wish makes it binary: the unbiased variances of the method need two elements."""
-    if conv.weight[0].numel() < 2:
+    if tap_count(conv) < 2:
         return "a filter has one weight"
     if any(call.input_shape[-3:] == (1, 1, 1) for call in facts.graph.calls.get(path, ())):
         return "its input is a single number"
     return _unreached(path, conv, facts) or _irreplaceable(path, conv, facts)
 
 
+def tap_count(conv: nn.Conv2d) -> int:
+    """Weights of one filter. Not asked of `conv.weight`: a parametrized one is computed when read."""
+    return prod(conv.kernel_size) * (conv.in_channels // conv.groups)
+
+
 def _taps(conv: nn.Conv2d) -> str:
-    channels = conv.in_channels // conv.groups
-    per = " a group" if conv.groups > 1 else ""
-    return f"{_by(conv.kernel_size)}, {channels} channels{per}: {conv.weight[0].numel()} taps a filter"
+    taps = tap_count(conv)
+    return f"{taps} {'tap' if taps == 1 else 'taps'} a filter"
 
 
 def _by(sides: tuple[int, ...]) -> str:

@@ -1,7 +1,7 @@
 """Carries out a plan: the planned convolutions become binary layers, in place, and nothing else changes.
 
-No layer is judged here; what may become binary is decided in `plan.py`. Everything is checked before the first swap, so a
-plan that does not fit leaves the model as it was.
+No layer is judged here; what may become binary is decided in `plan.py`. Everything is checked before the first swap, so
+a plan that does not fit leaves the model as it was.
 """
 
 from __future__ import annotations

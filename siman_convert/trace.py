@@ -102,15 +102,13 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Trace:
     """Run `model` once on one image of `input_size` (C, H, W) and return what happened; the model is left as it was."""
     tensors = [*model.parameters(), *model.buffers()]
     real = next((t.device for t in tensors if not t.is_meta), None)
-    try:
-        return _trace_on(model, input_size, torch.device("meta"))
-    except Exception as on_meta:  # a model's Python code may raise anything
-        error = on_meta
-    if real is not None:
+    unrolled = any(isinstance(module, nn.RNNBase) for module in model.modules())  # on meta step by step: minutes
+    meta = [] if unrolled and real is not None else [torch.device("meta")]
+    for device in [*meta, *([] if real is None else [real])]:
         try:
-            return _trace_on(model, input_size, real)
-        except Exception as on_device:
-            error = on_device
+            return _trace_on(model, input_size, device)
+        except Exception as raised:  # a model's Python code may raise anything
+            error = raised
     c, h, w = input_size
     why = " ".join(str(error).split())[:160] or type(error).__name__
     raise InputError(
@@ -279,14 +277,18 @@ _WEIGHTED = frozenset({"conv", "linear"})
 
 
 def image_readers(graph: Trace) -> frozenset[str]:
-    """Modules with a convolution that sees the image with no other convolution or linear map before it."""
-    raw = [True]  # by node: derived from the image without any weighted layer, on some path
+    """Modules with a convolution that sees the image with no other convolution or Linear module before it.
+
+    A fixed transform of the image (space to depth, a DCT by matrices) does not count as a layer before it.
+    """
+    raw = [True]  # by node: derived from the image without any learned layer, on some path
     readers = set()
     for node in graph.nodes[1:]:
         sees = any(raw[i] for i in node.inputs)
         if sees and node.kind == "conv":
             readers.add(node.module)
-        raw.append(sees and node.kind not in _WEIGHTED)
+        learned = node.kind == "conv" or (node.kind == "linear" and node.module in graph.calls)
+        raw.append(sees and not learned)
     return frozenset(readers)
 
 

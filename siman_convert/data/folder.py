@@ -126,6 +126,7 @@ def _images_below(root: str, relative: str) -> Iterator[str]:
     waiting = [relative]
     while waiting:
         folder = waiting.pop()
+        inner: list[str] = []
         full = os.path.join(root, folder)  # noqa: PTH118
         try:
             status = os.stat(full)  # noqa: PTH116
@@ -140,9 +141,10 @@ def _images_below(root: str, relative: str) -> Iterator[str]:
                         if _is_file(entry):
                             yield f"{folder}/{entry.name}"
                     elif is_folder(entry):
-                        waiting.append(f"{folder}/{entry.name}")
+                        inner.append(f"{folder}/{entry.name}")
         except OSError as error:
             raise InputError(f"{printable(full)}: cannot be read ({error.strerror}); check its permissions") from error
+        waiting += reversed(inner)
 
 
 def is_folder(entry: os.DirEntry[str]) -> bool:

@@ -64,11 +64,16 @@ def train_loader(
     """
     _require_at_least_one(batch_size=batch_size, world=world)
     if isinstance(split, StreamSplit):
-        split.start(epoch=epoch, batch_size=batch_size, workers=workers)
-        total = batches_per_epoch(split, batch_size, world)
-        stream = StreamSet(split, transform, mix(seed, epoch, rank))
-        options = _options(workers, pin_memory, mix(seed, epoch, rank))
-        return StreamLoader(stream, start=start_batch, stop=total, batch_size=batch_size, **_stacking(options))
+        samples = split.open(seed=mix(seed, epoch), batch_size=batch_size, workers=workers)
+        return StreamLoader(
+            StreamSet(samples, transform, mix(seed, epoch, rank)),
+            start=start_batch,
+            stop=batches_per_epoch(split, batch_size, world),
+            exact=True,
+            batch_size=batch_size,
+            collate_fn=_stack,
+            **_options(workers, pin_memory, mix(seed, epoch, rank)),
+        )
     order = permutation(seed, epoch, len(split))
     own = np.resize(order, math.ceil(len(split) / world) * world)[rank::world]
     keys = _Keys(own, sample_seeds(seed, epoch, own), batch_size, start_batch)
@@ -94,9 +99,11 @@ def eval_loader(
     _require_at_least_one(batch_size=batch_size, world=world)
     options = _options(workers, pin_memory, 0)
     if isinstance(split, StreamSplit):
-        split.start(epoch=0, batch_size=batch_size, workers=workers)
-        stream = StreamSet(split, transform, None)
-        return StreamLoader(stream, start=0, stop=None, batch_size=batch_size, **_stacking(options))
+        stream = StreamSet(split.open(batch_size=batch_size, workers=workers), transform, None)
+        stop = batches_per_epoch(split, batch_size, world)
+        return StreamLoader(
+            stream, start=0, stop=stop, exact=False, batch_size=batch_size, collate_fn=_stack, **options
+        )
     own = np.arange(rank, len(split), world)
     keys = _Keys(own, np.zeros_like(own), batch_size, 0)
     return DataLoader(_EvalSet(split, transform), batch_sampler=keys, collate_fn=_as_is, **options)
@@ -213,10 +220,6 @@ def _stack(samples: Sequence[tuple[Tensor, int]], bad: Sequence[BadRecord] = ())
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _stacking(options: dict[str, Any]) -> dict[str, Any]:
-    return {"collate_fn": _stack, **options}
 
 
 def _options(workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def _open_path(path: Path, val_split: float | None, seed: int) -> Opened:
             prefix = idx.prefix_of(path)
             return "idx", safe_name(prefix or path.parent.name), *idx.read(path.parent, prefix)
         raise InputError(f"{shown}: a file of unknown kind; expected a folder, .tar, or train-images-idx3-ubyte[.gz]")
+    if not path.is_dir():
+        raise InputError(f"{shown}: neither a file nor a folder; expected a folder of images, or {_NAMES}")
     if batches := cifar.find(path):
         _refuse_val_split(shown, val_split)
         return "cifar", *cifar.read(batches)
@@ -147,7 +149,7 @@ def _median_size(split: AnySplit, shown: str) -> tuple[int, int]:
     sizes: list[tuple[int, int]] = []
     first_bad: BadImage | None = None
     if isinstance(split, StreamSplit):
-        sizes = [(image.height, image.width) for image, _ in islice(split, _PROBED)]
+        sizes = [(image.height, image.width) for image, _ in islice(split.open(), _PROBED)]
     else:
         for index in np.unique(np.linspace(0, len(split) - 1, _PROBED).round().astype(int)):
             try:

@@ -7,7 +7,7 @@ cannot be read raises BadImage, and the loader decides what follows from it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,28 +78,30 @@ class ArraySplit(Split):
 
 @dataclass(frozen=True, eq=False)
 class StreamSplit:
-    """A split without random access: a timm IterableImageDataset (wds, tfds, hfids) and its declared sample count.
+    """A split without random access (wds, tfds, hfids) and its declared sample count.
 
-    timm's reader shards it over ranks and workers by itself (from torch.distributed and the worker's number) and
-    skips images it cannot read without telling. `start` must be called before each pass, in the parent process.
+    `make(seed)` opens a fresh timm IterableImageDataset. A fresh one for each pass: timm's readers keep their place in
+    the shuffle, and the number of workers they first ran with. They shard over ranks and workers by themselves (from
+    torch.distributed and the worker's number) and skip images they cannot read without telling.
     """
 
     name: str
-    dataset: Any
+    make: Callable[[int], Any]
     samples: int
 
     def __len__(self) -> int:
         return self.samples
 
-    def start(self, *, epoch: int, batch_size: int, workers: int) -> None:
-        """Tell timm's reader the epoch (its shuffle) and the loader's shape (its rounding to full batches)."""
-        self.dataset.reader.batch_size = batch_size
-        self.dataset.set_loader_cfg(num_workers=workers)
-        self.dataset.set_epoch(epoch)
+    def open(self, *, seed: int = 0, batch_size: int = 1, workers: int = 0) -> Iterable[tuple[Image.Image, int]]:
+        """The samples of one pass, shuffled by `seed` if it is a train split; to be iterated in the loader's workers.
 
-    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
-        for image, label in self.dataset:
-            yield image, int(label)
+        timm's reader must know the loader's shape: it rounds a training pass up to full batches of each worker.
+        """
+        dataset = self.make(seed & 0x7FFFFFFF)
+        dataset.reader.batch_size = batch_size
+        dataset.set_loader_cfg(num_workers=workers)
+        opened: Iterable[tuple[Image.Image, int]] = dataset
+        return opened
 
 
 AnySplit = Split | StreamSplit

@@ -2,49 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from siman_convert.data.preprocess import Transform
 from siman_convert.data.seeding import borrowed_generators, mix, seed_generators
-from siman_convert.data.split import StreamSplit
 
 
 class StreamSet(IterableDataset[tuple[Tensor, int]]):
     """(image float32 (C, H, W), class index) in the stream's order; with `seed`, the transform of the n-th sample of
     worker w is seeded from (seed, w, n)."""
 
-    def __init__(self, split: StreamSplit, transform: Transform, seed: int | None) -> None:
-        self.split, self.transform, self.seed = split, transform, seed
+    def __init__(self, samples: Iterable[tuple[Image.Image, int]], transform: Transform, seed: int | None) -> None:
+        self.samples, self.transform, self.seed = samples, transform, seed
 
     def __iter__(self) -> Iterator[tuple[Tensor, int]]:
         info = get_worker_info()
         worker = info.id if info is not None else 0
-        for position, (image, target) in enumerate(self.split):
+        for position, (image, target) in enumerate(self.samples):
             if self.seed is None:
-                yield self.transform(image), target
+                yield self.transform(image), int(target)
                 continue
             with borrowed_generators():
                 seed_generators(mix(self.seed, worker, position))
                 tensor = self.transform(image)
-            yield tensor, target
+            yield tensor, int(target)
 
 
 class StreamLoader(DataLoader[Any]):
-    """Batches start..stop of a stream. Skipped ones are read and dropped: a stream cannot be entered in its middle."""
+    """Batches start..stop of a stream, or if not `exact`, all from start on: in evaluation each worker may end with a
+    short batch of its own. Skipped ones are read and dropped: a stream cannot be entered in its middle."""
 
-    def __init__(self, dataset: StreamSet, *, start: int, stop: int | None, **options: Any) -> None:
+    def __init__(self, dataset: StreamSet, *, start: int, stop: int, exact: bool, **options: Any) -> None:
         super().__init__(dataset, **options)
-        self._start, self._stop = start, stop
-        self._samples = len(dataset.split)
+        self._start, self._stop, self._exact = start, stop, exact
 
     def __len__(self) -> int:
-        stop = self._stop if self._stop is not None else -(-self._samples // (self.batch_size or 1))
-        return max(stop - self._start, 0)
+        """Batches from `start` on; where not `exact`, as many as the declared samples would fill."""
+        return max(self._stop - self._start, 0)
 
     def __iter__(self) -> Any:
-        return islice(super().__iter__(), self._start, self._stop)
+        return islice(super().__iter__(), self._start, self._stop if self._exact else None)

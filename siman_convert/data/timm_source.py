@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,7 @@ def read(
     if prefix in _STREAMS:
         if val_split is not None:
             raise InputError(f"{spec}: a stream cannot be split; leave out --val-split and give it a validation split")
-        return _read_stream(spec, prefix, rest, seed)
+        return _read_stream(spec, prefix, rest)
     if prefix == "torch":
         if val_split is not None:
             raise InputError(f"{spec}: has its own validation split; leave out --val-split")
@@ -122,12 +123,12 @@ def _create(spec: str, name: str, **options: Any) -> Any:
         raise InputError(f"{spec}: split {options.get('split')!r} cannot be opened: {first}") from error
 
 
-def _first_split(spec: str, name: str, **options: Any) -> Any:
-    """The validation data under the first of its usual names that opens."""
+def _first_split(spec: str, name: str, **options: Any) -> tuple[str, Any]:
+    """The validation data under the first of its usual names that opens, and that name."""
     failures = []
     for split in _VAL_NAMES:
         try:
-            return _create(spec, name, split=split, **options)
+            return split, _create(spec, name, split=split, **options)
         except InputError as error:
             failures.append(error)
     raise failures[0]
@@ -141,7 +142,7 @@ def _read_hfds(spec: str, val_split: float | None, seed: int) -> tuple[tuple[str
         val = ReaderSplit("val", train, cut[1], spec)
         return _class_names(train, spec), ReaderSplit("train", train, cut[0], spec), val
     try:
-        other = _first_split(spec, spec).reader
+        other = _first_split(spec, spec)[1].reader
     except InputError as error:
         raise InputError(f"{error}; if it has only a train split, add --val-split 0.1") from error
     names = _class_names(train, spec)
@@ -180,21 +181,28 @@ def _read_torchvision(spec: str) -> tuple[tuple[str, ...], Split, Split]:
     return tuple(str(c) for c in names), TorchvisionSplit("train", train, spec), TorchvisionSplit("val", val, spec)
 
 
-def _read_stream(
-    spec: str, prefix: str, rest: str, seed: int
-) -> tuple[tuple[str, ...], StreamSplit, StreamSplit, StreamSplit]:
-    options: dict[str, Any] = {"seed": seed}
+def _read_stream(spec: str, prefix: str, rest: str) -> tuple[tuple[str, ...], StreamSplit, StreamSplit, StreamSplit]:
+    options: dict[str, Any] = {}
     if prefix == "wds":
         options["root"] = str(Path(rest).expanduser())
         if not Path(options["root"]).is_dir():
             raise InputError(f"{spec}: no such folder: {rest}; expected wds/FOLDER with shards and _info.json")
     train = _create(spec, spec, split="train", is_training=True, **options)
-    val = _first_split(spec, spec, is_training=False, **options)
-    probe = _create(spec, spec, split="train", is_training=False, **options)
+    val_name, val = _first_split(spec, spec, is_training=False, **options)
     classes = _stream_classes(spec, train.reader, options.get("root"))
-    samples = [_declared(spec, dataset.reader) for dataset in (train, val)]
-    streams = StreamSplit("train", train, samples[0]), StreamSplit("val", val, samples[1])
-    return classes, *streams, StreamSplit("probe", probe, samples[0])
+    counts = [_declared(spec, dataset.reader) for dataset in (train, val)]
+    in_order = partial(_reopen, spec, is_training=False, **options)
+    shuffled = partial(_reopen, spec, is_training=True, split="train", **options)
+    return (
+        classes,
+        StreamSplit("train", shuffled, counts[0]),
+        StreamSplit("val", partial(in_order, split=val_name), counts[1]),
+        StreamSplit("probe", partial(in_order, split="train"), counts[0]),
+    )
+
+
+def _reopen(spec: str, seed: int, **options: Any) -> Any:
+    return _create(spec, spec, seed=seed, **options)
 
 
 def _declared(spec: str, reader: Any) -> int:

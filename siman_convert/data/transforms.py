@@ -114,8 +114,8 @@ def _create(pre: Preprocess, **options: Any) -> Any:
             pre.input_size,
             use_prefetcher=False,
             interpolation=pre.interpolation,
-            mean=torch.tensor(pre.mean),
-            std=torch.tensor(pre.std),
+            mean=pre.mean,
+            std=pre.std,
             **options,
         )
     except (AssertionError, KeyError, ValueError, IndexError, TypeError) as error:

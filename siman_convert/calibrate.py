@@ -1,0 +1,114 @@
+"""After conversion and before training: alpha, bias and BatchNorm statistics re-estimated on training images.
+
+A binary layer's output has another scale than the convolution it replaced, and every statistic behind it is stale.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from siman_convert.layers import SiMaNConv2d
+from siman_convert.surgery import binary_layers
+
+
+@dataclass
+class _Moments:
+    """Running sums over samples and positions of the float output y and the unscaled binary output o, per channel."""
+
+    count: float
+    y: Tensor
+    o: Tensor
+    yo: Tensor
+    oo: Tensor
+
+    @classmethod
+    def zero(cls, channels: int, device: torch.device) -> "_Moments":
+        y, o, yo, oo = torch.zeros(4, channels, dtype=_widest(device), device=device)
+        return cls(0.0, y, o, yo, oo)
+
+    def add(self, y: Tensor, o: Tensor) -> None:
+        """Both (N, C, H, W)."""
+        y, o = y.to(self.y.dtype), o.to(self.y.dtype)
+        self.count += y.numel() / y.shape[1]
+        for total, values in ((self.y, y), (self.o, o), (self.yo, y * o), (self.oo, o * o)):
+            total += values.sum(dim=(0, 2, 3))
+
+
+def fit_scales(full_precision: nn.Module, binary: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set each binary layer's alpha (and bias) to the least-squares fit of the full-precision layer's output.
+
+    Both layers see the full-precision network's activations: alpha = cov(y, o) / var(o), bias = mean(y) - alpha * mean(o),
+    per channel. A channel whose outputs do not correlate positively keeps the scale it had.
+    """
+    layers = binary_layers(binary)
+    moments: dict[str, _Moments] = {}
+    hooks = []
+    for name, layer in layers.items():
+        moments[name] = _Moments.zero(layer.out_channels, layer.weight.device)
+        hook = _recorder(layer, moments[name])
+        hooks.append(full_precision.get_submodule(name).register_forward_hook(hook))
+    with _evaluating(full_precision), _evaluating(binary), torch.no_grad():
+        for images in batches:
+            full_precision(images)
+    for handle in hooks:
+        handle.remove()
+    for name, layer in layers.items():
+        _set_scale(layer, moments[name])
+
+
+def _recorder(layer: SiMaNConv2d, moments: _Moments):  # type: ignore[no-untyped-def]
+    def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        moments.add(output, layer.unscaled(inputs[0]))
+
+    return record
+
+
+@torch.no_grad()
+def _set_scale(layer: SiMaNConv2d, sums: _Moments) -> None:
+    if sums.count == 0:
+        return
+    mean_y, mean_o = sums.y / sums.count, sums.o / sums.count
+    covariance = sums.yo / sums.count - mean_y * mean_o
+    variance = sums.oo / sums.count - mean_o * mean_o
+    usable = (covariance > 0) & (variance > 0)
+    alpha = torch.where(usable, covariance / variance.clamp_min(1e-12), layer.alpha.to(variance.dtype))
+    layer.alpha.copy_(alpha)
+    if layer.bias is not None:
+        layer.bias.copy_(mean_y - alpha * mean_o)
+
+
+def estimate_batch_norm(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Replace the running statistics of every BatchNorm by the mean over `batches`; nothing else in the model changes."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    momenta = [norm.momentum for norm in norms]
+    with _evaluating(model), torch.no_grad():
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average over all batches
+            norm.train()
+        for images in batches:
+            model(images)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; every module's own training flag afterwards."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

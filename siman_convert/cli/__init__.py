@@ -1,0 +1,81 @@
+"""The command line: parses, calls, prints. Everything it does can be called from Python without it.
+
+Nothing here imports torch or timm before a command that needs them runs: `siman --help` has to answer at once.
+"""
+
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from siman_convert.cli import convert, evaluate, inspect, models, recipes, runs
+from siman_convert.errors import SimanError
+
+HELP = """Turn a pretrained timm CNN into a binary neural network with SiMaN, fine-tune and evaluate it.
+
+\b
+  siman inspect resnet18
+  siman convert resnet18 --data /imagenet --epochs 30
+  siman eval
+"""
+
+app = typer.Typer(name="siman", help=HELP, no_args_is_help=True, pretty_exceptions_enable=False)
+app.command("convert")(convert.convert)
+app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
+app.command("models")(models.models)
+app.command("runs")(runs.runs)
+app.add_typer(recipes.app, name="recipes")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"siman {version('siman-convert')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere in the line.")] = False,
+) -> None:
+    """Options before the command; `run` has taken --debug out of the line already."""
+
+
+def main() -> None:
+    """Entry point of the `siman` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; returns the exit code: 0, 2 wrong usage or input, 3 mismatch, 130 interrupted, else 1."""
+    debug = "--debug" in arguments or bool(os.environ.get("SIMAN_DEBUG"))
+    try:
+        code = app([argument for argument in arguments if argument != "--debug"], standalone_mode=False)
+    except SimanError as error:
+        if debug:
+            raise
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+    except BrokenPipeError:  # the reader of our output went away, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer's usage errors; their class moved between its versions
+            return _fail(f"{error.format_message()} (try --help)", 2)
+        if debug:
+            raise
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        return _fail(f"{type(error).__name__}: {first_line}; --debug shows where", 1)
+    return code if isinstance(code, int) else 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"siman: {' '.join(message.split())}", file=sys.stderr)
+    return code

@@ -1,0 +1,31 @@
+"""What several commands share: option types, JSON output, sizes and numbers as people read them."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+SCHEMA_VERSION = 1  # of every --json output; raised when a field changes its meaning
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.", show_default=True)]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps.")]
+Workers = Annotated[int, typer.Option("-j", "--workers", min=0, help="Processes that load images; 0: none.")]
+
+RUNS = Path("runs")
+
+
+def print_json(values: dict[str, Any]) -> None:
+    """One document on stdout, with the schema's version first."""
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=2))
+
+
+def megabytes(count: int) -> str:
+    """Bytes as 2.19 MB."""
+    return f"{count / 1e6:.2f} MB"
+
+
+def percent(value: float | None) -> str:
+    """Top-1 as 91.23 %, or a dash where it was not measured."""
+    return "-" if value is None else f"{value:.2f} %"

@@ -1,0 +1,138 @@
+"""`siman convert`: the flags, and the two ways to start: a new run, or `--resume`."""
+
+from typing import Annotated, Any
+
+import typer
+
+from siman_convert.cli.common import RUNS, Device, Json, Output, Workers, megabytes, percent, print_json
+
+START, TRAIN, DATA, MACHINE = "What to convert", "Training (part of the recipe)", "Images (part of the recipe)", "Machine"
+
+
+def _option(*names: str, panel: str = TRAIN, **settings: Any) -> Any:
+    return typer.Option(*names, rich_help_panel=panel, **settings)
+
+
+def convert(
+    ctx: typer.Context,
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model; `siman models` lists them.")] = None,
+    data: Annotated[
+        str | None, _option("--data", "--data-dir", panel=START, help="Images: a folder, IDX or CIFAR files, hfds/..., wds/..., "
+                            "tfds/..., or digits (the default).")
+    ] = None,  # fmt: skip
+    recipe: Annotated[
+        str | None, _option("--recipe", panel=START, help="A shipped recipe or a YAML file [default: finetune].")
+    ] = None,
+    assignments: Annotated[list[str], _option("--set", panel=START, help="key=value of any recipe field.")] = [],  # noqa: B006
+    weights: Annotated[
+        str, _option("--weights", "--initial-checkpoint", panel=START, help="pretrained, none, or a .safetensors or .pth file.")
+    ] = "pretrained",
+    resume: Annotated[str | None, _option("--resume", panel=START, help="Go on with this run; `last` is the newest.")] = None,
+    dry_run: Annotated[bool, _option("--dry-run", panel=START, help="Check everything, write nothing.")] = False,
+    epochs: Annotated[int | None, _option(help="Binary epochs; 0: post-training mode.")] = None,
+    fp_epochs: Annotated[int | None, _option(help="Full-precision epochs before the conversion.")] = None,
+    batch_size: Annotated[int | None, _option("-b", "--batch-size", help="Images at a time.")] = None,
+    grad_accum_steps: Annotated[int | None, _option(help="Batches per optimizer step.")] = None,
+    opt: Annotated[str | None, _option(help="sgd or adamw.")] = None,
+    lr: Annotated[float | None, _option(help="Learning rate.")] = None,
+    fp_lr: Annotated[float | None, _option(help="Learning rate of the full-precision epochs.")] = None,
+    momentum: Annotated[float | None, _option(help="Of sgd.")] = None,
+    weight_decay: Annotated[float | None, _option(help="Never applied to binary layers.")] = None,
+    warmup_epochs: Annotated[int | None, _option(help="Epochs of rising learning rate.")] = None,
+    smoothing: Annotated[float | None, _option(help="Label smoothing.")] = None,
+    mixup: Annotated[float | None, _option(help="Alpha of mixup; 0: off.")] = None,
+    cutmix: Annotated[float | None, _option(help="Alpha of cutmix; 0: off.")] = None,
+    clip_grad: Annotated[float | None, _option(help="Largest gradient norm.")] = None,
+    model_ema: Annotated[bool | None, _option("--model-ema/--no-model-ema", help="Average the weights.")] = None,
+    model_ema_decay: Annotated[float | None, _option(help="Of that average.")] = None,
+    amp: Annotated[bool | None, _option("--amp/--no-amp", help="Mixed precision.")] = None,
+    amp_dtype: Annotated[str | None, _option(help="bfloat16 or float16.")] = None,
+    channels_last: Annotated[bool | None, _option("--channels-last/--no-channels-last", help="Memory format.")] = None,
+    seed: Annotated[int | None, _option(help="Of everything random.")] = None,
+    init: Annotated[str | None, _option(help="remap or copy: how weights become magnitudes.")] = None,
+    binarizer: Annotated[str | None, _option(help="half or analytic: how magnitudes become bits.")] = None,
+    keep: Annotated[list[str], _option(help="Glob of convolutions to keep in full precision.")] = [],  # noqa: B006
+    binarize: Annotated[list[str], _option(help="Glob of convolutions to binarize all the same.")] = [],  # noqa: B006
+    img_size: Annotated[int | None, _option(panel=DATA, help="Input height and width.")] = None,
+    val_split: Annotated[float | None, _option(panel=DATA, help="Share held out of a single folder of classes.")] = None,
+    hflip: Annotated[float | None, _option(panel=DATA, help="Probability of a mirror image.")] = None,
+    color_jitter: Annotated[float | None, _option(panel=DATA, help="Strength of colour jitter.")] = None,
+    aa: Annotated[str | None, _option(panel=DATA, help="timm's auto-augment string.")] = None,
+    reprob: Annotated[float | None, _option(panel=DATA, help="Probability of random erasing.")] = None,
+    no_aug: Annotated[bool | None, _option("--no-aug", panel=DATA, help="No augmentation.")] = None,
+    output: Output = RUNS,
+    experiment: Annotated[str | None, _option(panel=MACHINE, help="Name of the run's folder.")] = None,
+    device: Device = "auto",
+    workers: Workers = 0,
+    save_every: Annotated[
+        float | None, _option(panel=MACHINE, min=0.0, help="Minutes between states saved within an epoch.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Convert a timm model to a binary network and fine-tune it; Ctrl-C stops cleanly, --resume goes on."""
+    from siman_convert.cli.terminal import Terminal
+    from siman_convert.conversion import Options
+    from siman_convert.conversion import convert as start
+    from siman_convert.conversion import resume as go_on
+    from siman_convert.errors import InputError
+    from siman_convert.recipe import Recipe, load_recipe, parse_assignments
+    from siman_convert.runs import find_run
+    from siman_convert.train import Interrupted
+
+    flags = {name: value for name, value in ctx.params.items() if name in Recipe.model_fields and value not in (None, [])}
+    overrides = {**parse_assignments(assignments), **flags}
+    options = Options(output, experiment, device, workers, save_every, dry_run)
+    with Terminal(quiet=as_json) as terminal:
+        try:
+            if resume is not None:
+                run = find_run(None if resume == "last" else resume, output)
+                _refuse_changes(run, model, data, recipe, overrides)
+                result = go_on(run, options=options, watcher=terminal)
+            elif model is None:
+                raise InputError("name a model to convert, for example `siman convert resnet18 --data PATH`")
+            else:
+                wanted = load_recipe(recipe or "finetune", overrides)
+                result = start(model, data or "digits", recipe=wanted, weights=weights, options=options, watcher=terminal)
+        except Interrupted as error:
+            raise Interrupted(f"{error}; go on with: {terminal.resume_command()}") from None
+    if result is None:
+        terminal.say("dry run: nothing was written")
+    elif as_json:
+        print_json({**vars(result), "run": str(result.run)})
+    else:
+        _print_result(result)
+
+
+def _refuse_changes(run: Any, model: str | None, data: str | None, recipe: str | None, overrides: dict[str, Any]) -> None:
+    """A resumed run keeps its model, data and recipe: asking for another is an error that names what differs."""
+    from pathlib import Path
+
+    from siman_convert.errors import InputError
+    from siman_convert.recipe import build_recipe, read_recipe_fields
+
+    info, stored = run.info(), run.recipe().model_dump()
+    asked = {**(read_recipe_fields(recipe) if recipe else {}), **overrides}
+    wanted = build_recipe({**stored, **asked}, origin="--resume").model_dump()
+    changes = [f"{key} is {stored[key]}, not {wanted[key]}" for key in stored if stored[key] != wanted[key]]
+    if model is not None and model != info.model:
+        changes.insert(0, f"the model is {info.model}, not {model}")
+    if data is not None and data != info.data and str(Path(data).absolute()) != info.data:
+        changes.insert(0, f"the data is {info.data}, not {data}")
+    if changes:
+        raise InputError(f"{run.folder} was started otherwise ({'; '.join(changes[:3])}); resume it without these, "
+                         "or start a new run")  # fmt: skip
+
+
+def _print_result(result: Any) -> None:
+    size = f"{megabytes(result.bytes_before)} -> {megabytes(result.bytes_after)}"
+    times = result.bytes_before / result.bytes_after
+    print()
+    print(f"full precision  top-1 {percent(result.full_precision_top1)}")
+    print(f"binary          top-1 {percent(result.best_top1)} (epoch {result.best_epoch}; last {percent(result.last_top1)})")
+    print(f"weights         {size} when packed, {times:.1f} times smaller")
+    if result.bad_images:
+        print(f"unreadable      {result.bad_images} images skipped")
+    print(f"run             {result.run}")
+    print()
+    print(f"next: siman eval {result.run}")
+    print(f"      siman inspect {result.run}")

@@ -1,0 +1,54 @@
+"""`siman runs`: what was converted, how far it got, how good it is."""
+
+from typing import Any
+
+from siman_convert.cli.common import RUNS, Json, Output, percent, print_json
+
+
+def runs(output: Output = RUNS, as_json: Json = False) -> None:
+    """List the runs in a folder, oldest first."""
+    from siman_convert.errors import InputError
+    from siman_convert.runs import Run, all_runs
+
+    def describe(run: Run) -> dict[str, Any]:
+        try:
+            info, recipe, progress = run.info(), run.recipe(), run.progress()
+        except InputError as error:
+            return {"name": run.name, "error": str(error)}
+        done = progress.epoch if progress.phase == "binary" else 0
+        return {
+            "name": run.name,
+            "model": info.model,
+            "data": info.data_name,
+            "phase": progress.phase,
+            "epochs_done": progress.epoch,
+            "epochs": recipe.epochs if progress.phase == "binary" else recipe.fp_epochs,
+            "finished": progress.best_top1 is not None and done == recipe.epochs,
+            "full_precision_top1": progress.top1("full-precision"),
+            "best_top1": progress.best_top1,
+        }
+
+    found = [describe(run) for run in all_runs(output)]
+    if as_json:
+        print_json({"runs": found})
+    elif not found:
+        print(f"no runs in {output}; start one with `siman convert MODEL --data PATH`")
+    else:
+        _print_table(found)
+
+
+def _print_table(found: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("run", overflow="fold")
+    for title in ("state", "full precision", "binary"):
+        table.add_column(title, no_wrap=True)
+    for run in found:
+        if "error" in run:
+            table.add_row(run["name"], "unreadable", "", "")
+            continue
+        state = "finished" if run["finished"] else f"{run['phase']} {run['epochs_done']}/{run['epochs']}"
+        table.add_row(run["name"], state, percent(run["full_precision_top1"]), percent(run["best_top1"]))
+    Console().print(table)

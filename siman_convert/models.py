@@ -1,0 +1,194 @@
+"""A timm model by name, with weights from timm's hub, from a file, or none; every failure is one line."""
+
+import contextlib
+import difflib
+import logging
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import timm
+from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg
+from timm.models import load_state_dict as load_timm_state_dict
+from torch import Tensor, nn
+
+from siman_convert.errors import InputError
+
+PROBE_SECONDS = 3.0  # how long a hub may take to answer at all
+OFFLINE_WAYS_OUT = "give a local file with --weights FILE, or start from random weights with --weights none"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A full-precision model ready to be planned. `weights`: what to give `load_model` to load them again;
+    `new_head`: its classifier was drawn at random for these classes."""
+
+    module: nn.Module
+    name: str
+    weights: str  # "none", a file's name, or the pretrained tag
+    new_head: bool
+
+
+def load_model(name: str, classes: int, weights: str = "pretrained") -> LoadedModel:
+    """Create timm model `name` for `classes` classes.
+
+    `weights`: "pretrained" (timm's, from its cache or hub), "none" (random), or a path to a .safetensors or .pth file.
+    Raises InputError for an unknown model, unreachable or absent weights, and files that do not fit the model.
+    """
+    require_known(name)
+    if weights == "none":
+        return LoadedModel(create(name, classes), name, "none", new_head=True)
+    if weights == "pretrained":
+        return _pretrained(name, classes)
+    model = create(name, classes)
+    new_head = _load_file(model, Path(weights))
+    return LoadedModel(model, name, str(Path(weights).absolute()), new_head)
+
+
+def create(name: str, classes: int, **kwargs: Any) -> nn.Module:
+    """timm's model `name`, random weights unless kwargs say otherwise."""
+    model: nn.Module = timm.create_model(name, num_classes=classes, **kwargs)
+    return model
+
+
+def require_known(name: str) -> None:
+    """Raise InputError with close matches unless timm knows the architecture (`resnet18` or `resnet18.a1_in1k`)."""
+    base, _, _ = name.partition(".")
+    if timm.is_model(base):
+        return
+    matches = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(matches)}?" if matches else "`siman models PATTERN` lists them"
+    raise InputError(f"unknown model {name!r}: timm has no such architecture; {hint}")
+
+
+def _pretrained(name: str, classes: int) -> LoadedModel:
+    cfg = get_pretrained_cfg(name)
+    if cfg is None or not cfg.has_weights:
+        raise InputError(f"{name}: timm has no pretrained weights for it; {OFFLINE_WAYS_OUT}")
+    overlay = {}
+    cached = _cached_file(cfg)
+    if cached is not None:
+        overlay = {"file": cached}
+    else:
+        _require_reachable(name, cfg)
+    with _quiet_hub():
+        try:
+            model = create(name, classes, pretrained=True, pretrained_cfg_overlay=overlay)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{name}: pretrained weights cannot be had ({reason}); {OFFLINE_WAYS_OUT}") from error
+    return LoadedModel(model, name, "pretrained", new_head=classes != cfg.num_classes)
+
+
+def _cached_file(cfg: Any) -> str | None:
+    """The weights' file in the hub's local cache: asking the hub first would cost half a minute of retries offline."""
+    names = [cfg.hf_hub_filename] if cfg.hf_hub_filename else ["model.safetensors", "pytorch_model.bin"]
+    for file_name in names if cfg.hf_hub_id else []:
+        found = huggingface_hub.try_to_load_from_cache(cfg.hf_hub_id, file_name)
+        if isinstance(found, str):
+            return found
+    return None
+
+
+def _require_reachable(name: str, cfg: Any) -> None:
+    url = f"{huggingface_hub.constants.ENDPOINT}/{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
+    offline = huggingface_hub.constants.is_offline_mode()
+    if offline or not _answers(url):
+        why = "HF_HUB_OFFLINE is set" if offline else f"no answer from {url.split('/')[2]} in {PROBE_SECONDS:.0f} s"
+        raise InputError(f"{name}: pretrained weights are not in the local cache and {why}; {OFFLINE_WAYS_OUT}")
+
+
+def _answers(url: str) -> bool:
+    """Whether a server answers at all, whatever it says. In a thread, since name resolution knows no time-out."""
+    answered = threading.Event()
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
+        except urllib.error.HTTPError:
+            answered.set()  # gated or moved: the library that downloads will say what is wrong
+        except (OSError, ValueError):
+            return
+        else:
+            answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(PROBE_SECONDS)
+    return answered.is_set()
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Silence the hub library's and timm's own warnings while they retry; what fails is reported once, by us."""
+    loggers = [logging.getLogger(name) for name in ("huggingface_hub", "timm")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _load_file(model: nn.Module, path: Path) -> bool:
+    """Load a checkpoint into `model`; returns whether the classifier did not fit and keeps its random weights."""
+    state = read_state_dict(path)
+    heads = _classifier_names(model)
+    own = model.state_dict()
+    head_keys = {key for key in own if any(key.startswith(f"{head}.") for head in heads)}
+    new_head = any(key not in state or state[key].shape != own[key].shape for key in head_keys)
+    if new_head:
+        state = {key: value for key, value in state.items() if key not in head_keys}
+    expected = own.keys() - (head_keys if new_head else set())
+    _require_fit(path, state, {key: own[key] for key in expected})
+    model.load_state_dict(state, strict=False)
+    return new_head
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors by name from a .safetensors or torch file, nothing unpickled but tensors. Raises InputError."""
+    if not path.is_file():
+        raise InputError(f"no weights file at {path}; expected a .safetensors or .pth file, or --weights none")
+    try:
+        state = load_timm_state_dict(str(path), weights_only=True)
+    except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{path}: not a weights file that can be read safely ({reason})") from error
+    except Exception as error:  # pickle's errors share no base class with the rest
+        raise InputError(f"{path}: not a weights file that can be read safely ({type(error).__name__})") from error
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise InputError(f"{path}: holds no tensors; expected a state dict of the model")
+    return tensors
+
+
+def _classifier_names(model: nn.Module) -> tuple[str, ...]:
+    names: Any = getattr(model, "pretrained_cfg", {}).get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _require_fit(path: Path, state: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
+    extra = sorted(state.keys() - expected.keys())
+    shapes = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
+    if missing or extra:
+        raise InputError(
+            f"{path} does not fit the model: {len(missing)} tensors missing{_first(missing)}, "
+            f"{len(extra)} unknown{_first(extra)}; is it another architecture's?"
+        )
+    if shapes:
+        key = shapes[0]
+        found, wanted = tuple(state[key].shape), tuple(expected[key].shape)
+        raise InputError(f"{path} does not fit the model: {key} has shape {found}, expected {wanted}")
+
+
+def _first(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""

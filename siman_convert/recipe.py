@@ -1,0 +1,183 @@
+"""A recipe: everything that decides what a conversion computes, as one flat frozen record.
+
+Precedence, weakest first: the defaults below, the recipe file, `--set key=value`, command-line flags. A recipe file (YAML) states
+only what differs from the defaults. What may differ between two machines without changing the experiment (device, workers,
+folders) is not in here.
+"""
+
+import difflib
+import hashlib
+import importlib.resources
+import json
+from collections.abc import Iterable, Mapping
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from siman_convert.errors import InputError
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; anything larger is some other file
+
+
+class Recipe(BaseModel):
+    """The fields with their defaults; names are timm's where timm has one. Epochs are counted from 0."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    # What becomes binary, and how
+    init: Literal["remap", "copy"] = "remap"  # how pretrained weights become latent weights
+    binarizer: Literal["half", "analytic"] = "half"  # how magnitudes become bits
+    keep: tuple[str, ...] = ()  # globs of convolutions to keep in full precision
+    binarize: tuple[str, ...] = ()  # globs of convolutions to binarize against the plan's rules
+    clip_percent: Annotated[float, Field(ge=0.0, lt=50.0)] = 15.0  # clip of the first epoch; falls linearly to 0
+    calibration_images: Count = 2048  # training images that re-estimate alpha and BatchNorm after conversion
+
+    # Length and optimizer
+    epochs: Count = 30  # binary epochs; 0: post-training mode, nothing is trained
+    fp_epochs: Count = 0  # epochs of full-precision fine-tuning before the conversion
+    fp_lr: PositiveFloat | None = None  # learning rate of those; None: lr
+    batch_size: Positive = 128  # images per micro-batch and process
+    grad_accum_steps: Positive = 1  # micro-batches per optimizer step
+    opt: Literal["sgd", "adamw"] = "sgd"
+    lr: PositiveFloat = 0.02  # of one optimizer step, whatever the batch size
+    momentum: ShareBelowOne = 0.9  # of sgd
+    weight_decay: NonNegative = 1e-4  # never on the parameters of binary layers
+    warmup_epochs: Count = 0
+    warmup_lr: NonNegative = 1e-5
+    min_lr: NonNegative = 0.0
+    sched_on_updates: bool = True  # the cosine falls at every step; else once an epoch
+    clip_grad: PositiveFloat | None = None  # largest norm of the gradient
+    smoothing: ShareBelowOne = 0.0  # of labels
+    mixup: NonNegative = 0.0  # alpha of mixup; 0: off
+    cutmix: NonNegative = 0.0  # alpha of cutmix; 0: off
+    model_ema: bool = False  # evaluate and keep an exponential moving average of the weights
+    model_ema_decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.9998
+    amp: bool = False  # mixed precision
+    amp_dtype: Literal["float16", "bfloat16"] = "bfloat16"
+    channels_last: bool = False
+    seed: Count = 42
+
+    # Data
+    img_size: Positive | None = None  # None: the model's, or less for small images
+    val_split: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None  # taken from a single folder of classes
+    mean: tuple[float, ...] | None = None  # None: the model's
+    std: tuple[PositiveFloat, ...] | None = None
+    interpolation: Literal["nearest", "bilinear", "bicubic"] | None = None
+    crop_pct: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    pad_to_size: bool = False  # images smaller than the input are padded with black, not enlarged
+    scale: tuple[PositiveFloat, PositiveFloat] = (0.35, 1.0)  # area of the random crop
+    ratio: tuple[PositiveFloat, PositiveFloat] = (3 / 4, 4 / 3)  # aspect of the random crop
+    crop_padding: Count = 0  # > 0: pad by this and crop, instead of the random resized crop
+    hflip: Share = 0.5
+    vflip: Share = 0.0
+    color_jitter: NonNegative = 0.0
+    aa: str | None = None  # timm's auto-augment string
+    reprob: Share = 0.0  # random erasing
+    no_aug: bool = False
+    max_bad_images: Share = 0.01  # share of unreadable images that is skipped; more is an error
+
+    def to_yaml(self) -> str:
+        """All fields in order, as YAML that `parse_recipe` reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON of all fields, hexadecimal."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+def load_recipe(name: str = "finetune", overrides: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe of that name or file, with `overrides` (field -> value, or its text) on top. Raises InputError."""
+    return build_recipe({**read_recipe_fields(name), **(overrides or {})}, origin=f"recipe {name}")
+
+
+def read_recipe_fields(name: str) -> dict[str, Any]:
+    """The fields that a shipped recipe or a YAML file states, unvalidated."""
+    return parse_recipe(recipe_text(name), origin=f"recipe {name}")
+
+
+def parse_recipe(text: str, origin: str) -> dict[str, Any]:
+    """YAML text -> its fields. Raises InputError naming `origin` and the line."""
+    try:
+        fields = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise InputError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+    if fields is None:
+        return {}
+    if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
+        raise InputError(f"{origin}: expected lines of `field: value`; `siman recipes show finetune` shows one")
+    return fields
+
+
+def build_recipe(fields: Mapping[str, Any], origin: str) -> Recipe:
+    """Validate fields into a recipe; unknown keys are refused with close matches. Raises InputError."""
+    for key in fields:
+        if key not in Recipe.model_fields:
+            raise InputError(f"{origin}: unknown field {key!r}{_did_you_mean(key, Recipe.model_fields)}")
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise InputError(f"{origin}: {place}: {first['msg']}, got {first['input']!r}") from None
+
+
+def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
+    """`key=value` texts of `--set` -> fields; values are read as YAML scalars or lists."""
+    fields: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, value = assignment.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {assignment}: expected key=value, for example --set lr=0.05")
+        fields[key.strip()] = _parse_value(key.strip(), value)
+    return fields
+
+
+def _parse_value(key: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        raise InputError(f"--set {key}: cannot read the value {value!r}") from None
+
+
+def shipped_recipes() -> dict[str, str]:
+    """Name -> first comment line of every shipped recipe, in alphabetical order."""
+    files = sorted((item for item in _folder().iterdir() if item.name.endswith(".yaml")), key=lambda item: item.name)
+    return {item.name.removesuffix(".yaml"): _headline(item.read_text(encoding="utf-8")) for item in files}
+
+
+def recipe_text(name: str) -> str:
+    """Text of a shipped recipe, or of a file when `name` is a path to one. Raises InputError with close matches."""
+    if name in shipped_recipes():
+        return (_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(f"no recipe {name!r}: neither shipped nor a file{_did_you_mean(name, shipped_recipes())}")
+    if path.stat().st_size > MAX_RECIPE_BYTES:
+        raise InputError(f"recipe {name}: larger than {MAX_RECIPE_BYTES} bytes, not a recipe")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise InputError(f"recipe {name}: not UTF-8 text") from None
+
+
+def _folder() -> Traversable:
+    return importlib.resources.files("siman_convert.recipes")
+
+
+def _headline(text: str) -> str:
+    return text.partition("\n")[0].lstrip("# ").rstrip()
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    matches = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {', '.join(matches)}?" if matches else f"; known: {', '.join(known)}"

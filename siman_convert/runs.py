@@ -1,0 +1,254 @@
+"""The run folder: what a conversion writes, where, and in which order, so that it can be killed at any moment.
+
+    run.json                 model, data, preprocessing, classes, weights' origin, versions: all that eval needs
+    recipe.yaml  plan.json  environment.json
+    metrics.jsonl            one line an evaluation, in order
+    last.safetensors  best.safetensors  full-precision.safetensors
+    state/NNNNNN/            the newest committed training state
+
+The state is the truth. A commit writes a whole state under a temporary name, flushes it and renames it: before the rename the
+former state counts, after it the new one. Weights and metrics.jsonl are published from the committed state afterwards; a
+kill in between is mended by publishing again on resume. The parent folder's `last` names the newest run.
+"""
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from siman_convert.errors import InputError
+from siman_convert.files import TEMPORARY_PREFIX, flush_to_disk, replacing, write_json, write_text
+from siman_convert.plan import Plan
+from siman_convert.recipe import Recipe, build_recipe, parse_recipe
+
+Record = dict[str, Any]
+FORMAT = 1  # of run.json and the state; raised when a reader of the old one would be wrong
+MAX_JSON_BYTES = 64 << 20  # class names of the largest data sets fit many times over
+EVALUATED = "evaluated.safetensors"  # in a state: the weights whose metrics the last record holds
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """run.json. `data`: what open_source takes; `preprocess`: data.Preprocess as a dict; `weights`: what load_model takes;
+    `new_head`: the classifier was drawn at random, so that the starting model's accuracy means nothing."""
+
+    model: str
+    classes: tuple[str, ...]
+    data: str
+    data_name: str
+    preprocess: dict[str, Any]
+    weights: str
+    new_head: bool
+    recipe_digest: str
+    created: str
+    siman_version: str
+    format: int = FORMAT
+
+
+@dataclass
+class Progress:
+    """How far a run is. Epochs and steps count what is complete; `step` is 0 but in a state saved within an epoch.
+
+    `sums` are the running totals of the epoch in progress; `bad_images` maps paths of unreadable images to why.
+    """
+
+    phase: str = "full-precision"  # then "binary"
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    best_top1: float | None = None
+    best_epoch: int | None = None
+    history: list[Record] = field(default_factory=list)
+    bad_images: dict[str, str] = field(default_factory=dict)
+    publish: list[str] = field(default_factory=list)  # final names that `evaluated` gets
+
+    def top1(self, phase: str) -> float | None:
+        """The newest top-1 of a phase, percent."""
+        return next((r["top1"] for r in reversed(self.history) if r["phase"] == phase), None)
+
+
+class Run:
+    """One run folder. Reading raises InputError for what is missing or malformed."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def create(cls, output: Path, name: str, info: RunInfo, recipe: Recipe, plan: Plan, environment: Record) -> "Run":
+        """A new folder `output/name` (`-2`, `-3` ... where taken), visible under its name only when complete."""
+        output.mkdir(parents=True, exist_ok=True)
+        draft = cls(output / f"{TEMPORARY_PREFIX}{name}-{os.getpid()}")
+        shutil.rmtree(draft.folder, ignore_errors=True)
+        (draft.folder / "state").mkdir(parents=True)
+        write_json(draft.folder / "run.json", asdict(info))
+        write_json(draft.folder / "plan.json", plan.to_dict())
+        write_json(draft.folder / "environment.json", environment)
+        write_text(draft.folder / "recipe.yaml", recipe.to_yaml())
+        run = cls(_rename_to_free_name(draft.folder, output, name))
+        write_text(output / "last", run.folder.name + "\n")
+        return run
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def info(self) -> RunInfo:
+        values = _read_json(self.folder / "run.json")
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise InputError(
+                f"{self.folder / 'run.json'}: not a run of format {FORMAT}; was it written by a newer siman?"
+            )
+        try:
+            return RunInfo(**{**values, "classes": tuple(values["classes"])})
+        except (TypeError, KeyError) as error:
+            raise InputError(f"{self.folder / 'run.json'}: malformed: {error}") from None
+
+    def recipe(self) -> Recipe:
+        path = self.folder / "recipe.yaml"
+        return build_recipe(parse_recipe(_read(path), str(path)), origin=str(path))
+
+    def plan(self) -> Plan:
+        return Plan.from_dict(_read_json(self.folder / "plan.json"))
+
+    def metrics(self) -> list[Record]:
+        """The records of metrics.jsonl; empty where nothing was evaluated yet."""
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return []
+        try:
+            return [json.loads(line) for line in _read(path).splitlines()]
+        except ValueError as error:
+            raise InputError(f"{path}: malformed: {error}") from None
+
+    def weights(self, which: str = "best") -> Path:
+        """Path of the `best`, `last` or `full-precision` weights."""
+        path = self.folder / f"{which}.safetensors"
+        if not path.is_file():
+            raise InputError(
+                f"{self.folder} has no {which} weights yet: resume it with `siman convert --resume {self.folder}`"
+            )
+        return path
+
+    def state(self) -> Path | None:
+        """The newest committed training state."""
+        states = (
+            sorted(path for path in self._states().iterdir() if path.name.isdigit()) if self._states().is_dir() else []
+        )
+        return states[-1] if states else None
+
+    def progress(self) -> Progress:
+        """What the newest state says; a fresh Progress where there is none."""
+        state = self.state()
+        if state is None:
+            return Progress()
+        try:
+            return Progress(**_read_json(state / "progress.json"))
+        except TypeError as error:
+            raise InputError(f"{state / 'progress.json'}: malformed: {error}") from None
+
+    def draft_state(self) -> Path:
+        """Where the next state is to be written before `commit`; the same path in every process."""
+        current = self.state()
+        return self._states() / f"{TEMPORARY_PREFIX}{int(current.name) + 1 if current else 1:06d}"
+
+    def commit(self, draft: Path, progress: Progress) -> None:
+        """Make a written draft the state, publish from it, and remove what it replaces."""
+        write_json(draft / "progress.json", asdict(progress))
+        for path in draft.rglob("*"):
+            if path.is_file():
+                flush_to_disk(path)
+        state = draft.with_name(draft.name.removeprefix(TEMPORARY_PREFIX))
+        draft.rename(state)
+        self.publish()
+
+    def publish(self) -> None:
+        """Bring metrics.jsonl and the weights in line with the newest state, then remove everything older. Idempotent."""
+        state = self.state()
+        if state is None:
+            return
+        progress = self.progress()
+        for name in progress.publish:
+            _copy(state / EVALUATED, self.folder / f"{name}.safetensors")
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in progress.history))
+        for path in self._states().iterdir():
+            if path != state:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
+            path.unlink()
+
+    def _states(self) -> Path:
+        return self.folder / "state"
+
+
+def run_name(model: str, data: str) -> str:
+    """`<model>-<data>-<time>`, local time to the second."""
+    return f"{model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def find_run(which: str | Path | None, output: Path) -> Run:
+    """The run of that path, of that name in `output`, or the newest one when None. Raises InputError."""
+    if which is None:
+        return _newest(output)
+    for folder in (Path(which), output / which):
+        if (folder / "run.json").is_file():
+            return Run(folder)
+    raise InputError(f"no run at {which}: expected a folder with run.json; `siman runs` lists those in {output}")
+
+
+def all_runs(output: Path) -> list[Run]:
+    """The runs in a folder, oldest first."""
+    folders = [path for path in output.iterdir() if (path / "run.json").is_file()] if output.is_dir() else []
+    visible = [path for path in folders if not path.name.startswith(TEMPORARY_PREFIX)]
+    return [Run(path) for path in sorted(visible, key=lambda path: (path / "run.json").stat().st_mtime_ns)]
+
+
+def _newest(output: Path) -> Run:
+    pointer = output / "last"
+    if pointer.is_file():
+        name = _read(pointer).strip()
+        if Path(name).name == name and (output / name / "run.json").is_file():
+            return Run(output / name)
+    runs = all_runs(output)
+    if not runs:
+        raise InputError(f"no run in {output}; start one with `siman convert MODEL --data PATH`, or name a run")
+    return runs[-1]
+
+
+def _rename_to_free_name(draft: Path, output: Path, name: str) -> Path:
+    """Rename a folder to the first free of name, name-2, ...; renaming onto a folder that has content fails."""
+    for attempt in range(1, 1000):
+        target = output / (name if attempt == 1 else f"{name}-{attempt}")
+        if target.exists():
+            continue
+        try:
+            return draft.rename(target)
+        except OSError:
+            if not target.exists():
+                raise
+    raise InputError(f"{output / name} and 999 names after it are taken; choose another --output")
+
+
+def _copy(source: Path, target: Path) -> None:
+    with replacing(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a file of siman's")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing; is {path.parent} a run folder?") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: not UTF-8 text") from None
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not valid JSON: {error}") from None

@@ -1,0 +1,437 @@
+"""The one training loop, for the full-precision phase and the binary phase alike; the only owner of an optimizer.
+
+What a step computes depends on the recipe, the seed and the position (phase, epoch, step) alone, so that a resumed run goes
+on bit for bit as an uninterrupted one would: data order and augmentation are seeded by position, the other generators at the
+start of an epoch, and a state saved within an epoch holds those too.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast
+
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from timm.scheduler import CosineLRScheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from siman_convert.binarize import clip_percent
+from siman_convert.data import AnySplit, BadRecord, Batch, Transform, eval_loader, iterate, train_loader
+from siman_convert.errors import InputError, SimanError
+from siman_convert.files import disk_errors
+from siman_convert.metrics import Metrics, evaluate_model
+from siman_convert.recipe import Recipe
+from siman_convert.runs import EVALUATED, Progress, Record, Run
+from siman_convert.surgery import binary_layers
+
+PhaseName = Literal["full-precision", "binary"]
+CHECK_STEPS = 20  # on an accelerator the loss is read this often: every reading waits for the device
+
+
+class Watcher(Protocol):
+    """What hears of a run's progress; the command line prints it."""
+
+    def stage(self, number: int, title: str, text: str) -> None: ...
+    def start_run(self, folder: Path) -> None: ...
+    def start_epoch(self, phase: str, epoch: int, epochs: int, steps: int, done: int) -> None: ...
+    def step(self, done: int, loss: float, top1: float, lr: float) -> None: ...
+    def start_evaluation(self, images: int) -> None: ...
+    def evaluated(self, images: int) -> None: ...
+    def end_epoch(self, record: Record, epochs: int) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Silent:
+    """A watcher that prints nothing."""
+
+    def stage(self, number: int, title: str, text: str) -> None: ...
+    def start_run(self, folder: Path) -> None: ...
+    def start_epoch(self, phase: str, epoch: int, epochs: int, steps: int, done: int) -> None: ...
+    def step(self, done: int, loss: float, top1: float, lr: float) -> None: ...
+    def start_evaluation(self, images: int) -> None: ...
+    def evaluated(self, images: int) -> None: ...
+    def end_epoch(self, record: Record, epochs: int) -> None: ...
+    def note(self, text: str) -> None: ...
+
+
+class Interrupted(SimanError):  # noqa: N818  it is no error: what was asked for was done
+    """The run was asked to stop and has saved its state; nothing is lost."""
+
+    exit_code = 130
+
+
+@dataclass(frozen=True)
+class Data:
+    """The two splits with their transforms, and how they are read."""
+
+    train: AnySplit
+    val: AnySplit
+    train_transform: Transform
+    eval_transform: Transform
+    classes: int
+    workers: int
+
+
+@dataclass
+class Stop:
+    """Set from a signal handler; the loop looks at it after every step."""
+
+    requested: bool = False
+
+
+class TrainingStep(nn.Module):
+    """Images and targets to (loss, logits). Autocast wraps this module's forward, so that `model` itself stays plain."""
+
+    def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
+        super().__init__()
+        self.model, self.criterion = model, criterion
+
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.model(images)
+        return self.criterion(logits, targets), logits
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Weight decay 0 on every parameter of the binary layers, alpha and bias included; `weight_decay` elsewhere.
+
+    l2 pulls latent weights to a Gaussian; without it they tend to a Laplacian, whose bits carry more (paper, Sec. 3.4).
+    """
+    binary = {id(p) for layer in binary_layers(model).values() for p in layer.parameters()}
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if id(p) not in binary], "weight_decay": weight_decay},
+        {"params": [p for p in trained if id(p) in binary], "weight_decay": 0.0},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
+    """The recipe's optimizer; momentum without dampening or Nesterov, as the authors'."""
+    groups = parameter_groups(model, recipe.weight_decay)
+    if recipe.opt == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum)
+    return torch.optim.AdamW(groups, lr=lr)
+
+
+@dataclass
+class Phase:
+    """One phase of training: a model with its optimizer and schedule, moved along by `train`."""
+
+    name: PhaseName
+    model: nn.Module
+    recipe: Recipe
+    data: Data
+    accelerator: Accelerator
+    run: Run
+    progress: Progress
+    watcher: Watcher
+    stop: Stop
+    save_every: float | None = None  # minutes; besides every epoch
+
+    def __post_init__(self) -> None:
+        recipe, accelerator = self.recipe, self.accelerator
+        full_precision = self.name == "full-precision"
+        self.epochs = recipe.fp_epochs if full_precision else recipe.epochs
+        if recipe.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        self.model.to(accelerator.device)
+        self.layers = list(binary_layers(self.model).values())
+        self.mix = _mixing(recipe, self.data.classes)
+        optimizer = make_optimizer(self.model, recipe, lr=(full_precision and recipe.fp_lr) or recipe.lr)
+        self.batches = _trainable_batches(len(self.data.train), recipe.batch_size, accelerator.num_processes)
+        self.steps = math.ceil(self.batches / recipe.grad_accum_steps)
+        self.schedule = _schedule(optimizer, recipe, self.epochs, self.steps)
+        step = TrainingStep(self.model, nn.CrossEntropyLoss(label_smoothing=recipe.smoothing))
+        self.module, self.optimizer = accelerator.prepare(step, optimizer)
+        self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
+        if self.ema:
+            accelerator.register_for_checkpointing(self.ema)
+        self.saved_at = time.monotonic()
+
+    @property
+    def evaluated_model(self) -> nn.Module:
+        """The model whose metrics are reported and whose weights are kept."""
+        return cast(nn.Module, self.ema.module) if self.ema else self.model
+
+    def restore(self, state: Path) -> None:
+        """Bring model, optimizer, generators, EMA and loss scale back to a committed state."""
+        self.accelerator.load_state(str(state))
+
+    def train(self) -> None:
+        """Train, evaluate and commit epoch after epoch until the phase is complete."""
+        while self.progress.epoch < self.epochs:
+            self._train_epoch()
+            self._finish_epoch()
+
+    def evaluate(self) -> Metrics:
+        """Metrics of `evaluated_model` on the validation split, exact over all processes. Raises Interrupted."""
+        accelerator, recipe = self.accelerator, self.recipe
+        loader = eval_loader(
+            self.data.val,
+            self.data.eval_transform,
+            batch_size=recipe.batch_size,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=self.data.workers,
+        )
+        self.watcher.start_evaluation(len(self.data.val))
+        metrics = evaluate_model(
+            self.evaluated_model,
+            iterate(loader),
+            accelerator.device,
+            channels_last=recipe.channels_last,
+            reduce=self._sum_over_processes,
+            each=self._evaluated,
+        )
+        self._note_bad(metrics.bad)
+        return metrics
+
+    def commit(self, publish: Iterable[str] = ()) -> None:
+        """Save everything a resume needs; `publish` names the weights files that get the evaluated model."""
+        draft = self.run.draft_state()
+        self.progress.publish = list(publish)
+        with disk_errors(self.run.folder):
+            self.accelerator.save_state(str(draft))
+            if self.accelerator.is_main_process:
+                if self.progress.publish:
+                    save_weights(self.evaluated_model, draft / EVALUATED)
+                self.run.commit(draft, self.progress)
+        self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+
+    def conclude(self, metrics: Metrics, record: Record, publish: tuple[str, ...]) -> None:
+        """Append the metrics to the history and commit; the best binary weights are published as `best` too."""
+        progress = self.progress
+        if not math.isfinite(metrics.loss):
+            raise SimanError(f"the validation loss is {metrics.loss} after {record['phase']} epoch {record['epoch']}; "
+                             f"{self._last_good()}")  # fmt: skip
+        values = {"top1": metrics.top1, "top5": metrics.top5, "loss": metrics.loss, "images": metrics.images}
+        progress.history.append({**record, **values, "eval_seconds": round(metrics.seconds, 3)})
+        if self.name == "binary" and (progress.best_top1 is None or metrics.top1 > progress.best_top1):
+            progress.best_top1, progress.best_epoch = metrics.top1, record["epoch"]
+            publish = (*publish, "best")
+        self.commit(publish)
+        self.watcher.end_epoch(progress.history[-1], self.epochs)
+
+    def stop_if_asked(self) -> None:
+        """Save and raise Interrupted when a signal asked for it."""
+        if self._agreed(self.stop.requested):
+            self.commit()
+            raise Interrupted(
+                f"stopped in {self.name} epoch {self.progress.epoch + 1}, step {self.progress.step}; all saved"
+            )
+
+    def _train_epoch(self) -> None:
+        progress = self.progress
+        if progress.step == 0:
+            set_seed(_position_seed(self.recipe.seed, self.name, progress.epoch, self.accelerator.process_index))
+            progress.sums = {"loss": 0.0, "correct": 0.0, "images": 0.0, "steps": 0.0, "seconds": 0.0}
+        meter = Meter(progress.sums)
+        self.module.train()
+        self.watcher.start_epoch(self.name, progress.epoch, self.epochs, self.steps, progress.step)
+        micro_batches = self._batches()
+        while group := list(itertools.islice(micro_batches, self.recipe.grad_accum_steps)):
+            self._step(group, meter)
+            progress.step += 1
+            if self.accelerator.device.type == "cpu" or progress.step % CHECK_STEPS == 0 or progress.step == self.steps:
+                self._check(meter)
+
+    def _check(self, meter: "Meter") -> None:
+        """Read the losses since the last check, report, and save or stop where that is due."""
+        progress = self.progress
+        bad_step = meter.flush()
+        if bad_step is not None:
+            raise SimanError(f"the loss is not finite at step {bad_step + 1} of {self.name} epoch {progress.epoch + 1}; "
+                             f"{self._last_good()}")  # fmt: skip
+        self.watcher.step(progress.step, meter.loss, meter.top1, self.optimizer.param_groups[0]["lr"])
+        self.stop_if_asked()
+        if self.save_every is not None and self._agreed(time.monotonic() - self.saved_at > 60 * self.save_every):
+            self.commit()
+
+    def _batches(self) -> Iterator[Batch]:
+        recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
+        start = progress.step * recipe.grad_accum_steps
+        loader = train_loader(
+            self.data.train,
+            self.data.train_transform,
+            batch_size=recipe.batch_size,
+            epoch=progress.epoch + (0 if self.name == "full-precision" else recipe.fp_epochs),
+            seed=recipe.seed,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            workers=self.data.workers,
+            start_batch=start,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        for batch in itertools.islice(iterate(loader), self.batches - start):
+            self._note_bad(batch.bad)
+            yield batch
+
+    def _step(self, group: list[Batch], meter: "Meter") -> None:
+        """One optimizer step over the micro-batches of `group`, each weighted by its share of the images."""
+        recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
+        update = progress.epoch * self.steps + progress.step
+        if recipe.sched_on_updates:
+            self.schedule.step_update(update)
+        else:
+            self.schedule.step(progress.epoch)
+        percent = clip_percent(progress.epoch, self.epochs, recipe.clip_percent)
+        for layer in self.layers:
+            layer.clip_weights_(percent)
+        total = sum(len(batch.targets) for batch in group)
+        for i, batch in enumerate(group):
+            images, targets = self._to_device(batch)
+            share = len(targets) / total
+            syncing = contextlib.nullcontext() if i + 1 == len(group) else accelerator.no_sync(self.module)
+            with syncing:
+                loss, logits = self.module(*(self.mix(images, targets) if self.mix else (images, targets)))
+                accelerator.backward(loss * share)
+            meter.add(loss.detach() * share, logits.detach(), targets, new_step=i == 0)
+        if recipe.clip_grad is not None:
+            accelerator.clip_grad_norm_(self.module.parameters(), recipe.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema:
+            self.ema.update(self.model, step=update)
+
+    def _finish_epoch(self) -> None:
+        progress, sums = self.progress, self.progress.sums
+        metrics = self.evaluate()
+        record = {
+            "phase": self.name,
+            "epoch": progress.epoch + 1,
+            "train_loss": sums["loss"] / sums["steps"],
+            "train_top1": 100 * sums["correct"] / sums["images"],
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "train_seconds": round(sums["seconds"], 3),
+        }
+        progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
+        self.conclude(metrics, record, ("full-precision",) if self.name == "full-precision" else ("last",))
+
+    def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        device = self.accelerator.device
+        images, targets = batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
+        return (images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images), targets
+
+    def _evaluated(self, images: int) -> None:
+        self.watcher.evaluated(images)
+        if self.stop.requested and self.accelerator.num_processes == 1:  # ranks have different numbers of batches here
+            self.stop_if_asked()
+
+    def _note_bad(self, records: Iterable[BadRecord]) -> None:
+        """Count and name unreadable images; more than the recipe's share of them is an error."""
+        known = self.progress.bad_images
+        for path, why in records:
+            if path not in known:
+                known[path] = why
+                self.watcher.note(f"skipped an unreadable image: {path}: {why}")
+        images = len(self.data.train) + len(self.data.val)
+        if len(known) > self.recipe.max_bad_images * images:
+            raise InputError(f"{len(known)} of {images} images cannot be read, more than max_bad_images = "
+                             f"{self.recipe.max_bad_images:g} allows; first: {next(iter(known))}")  # fmt: skip
+
+    def _agreed(self, flag: bool) -> bool:
+        """Whether any process says so: all have to act alike."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        return bool(self._sum_over_processes(torch.tensor(float(flag))).item() > 0)
+
+    def _sum_over_processes(self, total: Tensor) -> Tensor:
+        return cast(Tensor, self.accelerator.reduce(total.to(self.accelerator.device), reduction="sum")).cpu()
+
+    def _last_good(self) -> str:
+        return f"the weights saved before are kept in {self.run.folder}; try a lower --lr, or --warmup-epochs"
+
+
+class Meter:
+    """Running totals of an epoch's training, kept on the device until `flush` reads them."""
+
+    def __init__(self, sums: dict[str, float]) -> None:
+        self._sums = sums
+        self._pending: list[tuple[Tensor, Tensor, int]] = []  # loss, correct, images of each step
+        self._since = time.perf_counter()
+
+    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, *, new_step: bool) -> None:
+        """Add a micro-batch; `loss` is already weighted by its share of the step."""
+        entry = (loss, (logits.argmax(dim=1) == targets).sum(), len(targets))
+        if not new_step:
+            before = self._pending.pop()
+            entry = (before[0] + entry[0], before[1] + entry[1], before[2] + entry[2])
+        self._pending.append(entry)
+
+    def flush(self) -> int | None:
+        """Read what is pending; returns the number (from 0) of the first step whose loss is not finite."""
+        sums = self._sums
+        for loss, correct, images in self._pending:
+            value = loss.item()
+            if not math.isfinite(value):
+                return int(sums["steps"])
+            for key, amount in (("loss", value), ("correct", correct.item()), ("images", images), ("steps", 1)):
+                sums[key] += amount
+        self._pending.clear()
+        now = time.perf_counter()
+        sums["seconds"] += now - self._since
+        self._since = now
+        return None
+
+    @property
+    def loss(self) -> float:
+        """Mean loss of the epoch so far."""
+        return self._sums["loss"] / max(1.0, self._sums["steps"])
+
+    @property
+    def top1(self) -> float:
+        """Training top-1 of the epoch so far, percent."""
+        return 100 * self._sums["correct"] / max(1.0, self._sums["images"])
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """The state_dict as safetensors; tensors that share memory are stored each."""
+    safetensors.torch.save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, path)
+
+
+def _trainable_batches(images: int, batch_size: int, world: int) -> int:
+    """Batches an epoch. A last batch of one image is left out: BatchNorm cannot normalise a single 1x1 map."""
+    per_process = math.ceil(images / world)
+    return math.ceil(per_process / batch_size) - (
+        1 if per_process % batch_size == 1 and per_process > 1 < batch_size else 0
+    )
+
+
+def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, steps: int) -> CosineLRScheduler:
+    """Cosine to min_lr after a linear warm-up, as a pure function of the update (or epoch): nothing to save."""
+    unit = steps if recipe.sched_on_updates else 1
+    warmup = min(recipe.warmup_epochs, max(0, epochs - 1))
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, epochs - warmup) * unit,
+        lr_min=recipe.min_lr,
+        warmup_t=warmup * unit,
+        warmup_lr_init=recipe.warmup_lr,
+        warmup_prefix=True,
+        t_in_epochs=not recipe.sched_on_updates,
+    )
+
+
+def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    kinds: list[Any] = []
+    if recipe.mixup > 0:
+        kinds.append(v2.MixUp(alpha=recipe.mixup, num_classes=classes))
+    if recipe.cutmix > 0:
+        kinds.append(v2.CutMix(alpha=recipe.cutmix, num_classes=classes))
+    return v2.RandomChoice(kinds) if kinds else None
+
+
+def _position_seed(seed: int, phase: PhaseName, epoch: int, rank: int) -> int:
+    """32 bits that differ for every (seed, phase, epoch, rank)."""
+    text = f"{seed} {phase} {epoch} {rank}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

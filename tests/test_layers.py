@@ -1,0 +1,198 @@
+"""SiMaNConv2d against plain loops and autograd, in every mode, and on a device that has no values."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from siman_convert.errors import InputError
+from siman_convert.layers import SiMaNConv2d
+
+
+def slow_forward(layer: SiMaNConv2d, x: Tensor) -> Tensor:
+    """Steps 2 to 6 of the method, in plain autograd operations."""
+    w = layer.weight
+    mean, var = w.mean(dim=(1, 2, 3), keepdim=True), w.var(dim=(1, 2, 3), keepdim=True)
+    z = ((w - mean) / torch.sqrt(var + 1e-5)).abs()
+    median = z.flatten(1).median(dim=1).values.view(-1, 1, 1, 1)
+    bw = torch.where(z > median, 1.0, -1.0).to(w.dtype) + z - z.detach()
+    a = (x - x.mean(dim=(1, 2, 3), keepdim=True)) / torch.sqrt(x.var(dim=(1, 2, 3), keepdim=True) + 1e-5)
+    surrogate = torch.where(a.abs() < 1, 2 * a - a * a.abs(), a.sign())  # its derivative is max(0, 2 - 2|a|)
+    ba = torch.where(a >= 0, 1.0, -1.0).to(x.dtype) + surrogate - surrogate.detach()
+    padding = layer._reversed_padding_repeated_twice
+    y = F.conv2d(F.pad(ba, padding), bw, None, layer.stride, 0, layer.dilation, layer.groups)
+    y = y * layer.alpha.view(-1, 1, 1)
+    return y if layer.bias is None else y + layer.bias.view(-1, 1, 1)
+
+
+@st.composite
+def shapes(draw):  # type: ignore[no-untyped-def]
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    kernel = (draw(st.integers(1, 4)), draw(st.integers(1, 4)))
+    same = draw(st.booleans())
+    return {
+        "in_channels": groups * draw(st.integers(3, 5)),
+        "out_channels": groups * draw(st.integers(1, 4)),
+        "kernel_size": kernel,
+        "stride": 1 if same else (draw(st.integers(1, 3)), draw(st.integers(1, 3))),
+        "padding": "same" if same else (draw(st.integers(0, 2)), draw(st.integers(0, 3))),
+        "dilation": draw(st.integers(1, 2)),
+        "groups": groups,
+        "bias": draw(st.booleans()),
+    }
+
+
+@given(shape=shapes(), seed=st.integers(0, 2**31), batch=st.integers(1, 3), channels_last=st.booleans())
+@settings(max_examples=80, deadline=None)
+def test_forward_and_gradients_over_shapes(shape, seed, batch, channels_last) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(seed)
+    layer = SiMaNConv2d(**shape, dtype=torch.float64)
+    nn.init.normal_(layer.alpha)
+    x = torch.randn(batch, shape["in_channels"], 9, 8, dtype=torch.float64)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x.requires_grad_()
+    expected = slow_forward(layer, x)
+    actual = layer(x)
+    assert torch.allclose(actual, expected, atol=1e-12)
+    wanted = [x, *layer.parameters()]
+    grad = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(actual, wanted, grad), torch.autograd.grad(expected, wanted, grad), strict=True
+    ):
+        assert torch.allclose(ours, theirs, atol=1e-9 * max(1.0, theirs.abs().max().item()))
+
+
+@pytest.mark.parametrize("selection", ["half", "analytic"])
+def test_eval_is_the_integer_convolution(selection: str) -> None:
+    torch.manual_seed(0)
+    layer = SiMaNConv2d(6, 5, 3, padding=1, stride=2, bias=False, selection=selection).eval()
+    x = torch.randn(3, 6, 11, 10)
+    before = layer.weight.detach().clone()
+    mean = np.array([np.float32(sample.mean(dtype=np.float64)) for sample in x.numpy()])
+    signs = torch.from_numpy(np.where(x.numpy() >= mean[:, None, None, None], 1, -1)).double()
+    weights = layer.bits().double() * 2 - 1
+    expected = F.conv2d(signs, weights, stride=2, padding=1).float() * layer.alpha.view(-1, 1, 1)
+    assert torch.equal(layer(x), expected)
+    assert torch.equal(layer.weight, before)  # never clipped by a forward
+
+
+def test_eval_of_one_sample_does_not_depend_on_its_batch() -> None:
+    layer = SiMaNConv2d(8, 8, 3, padding=1).eval()
+    x = torch.randn(5, 8, 9, 9)
+    assert torch.equal(torch.cat([layer(sample[None]) for sample in x]), layer(x))
+    assert layer(x[:0]).shape == (0, 8, 9, 9)
+
+
+@pytest.mark.parametrize(
+    ("value", "sign"), [(0.0, 1.0), (-0.0, 1.0), (3.5, 1.0), (float("nan"), -1.0)], ids=["0", "-0", "constant", "nan"]
+)
+def test_signs_at_the_threshold(value: float, sign: float) -> None:
+    """A constant image equals its mean everywhere and becomes +1; a comparison with NaN does not hold."""
+    layer = SiMaNConv2d(3, 1, 1, bias=False).eval()
+    nn.init.constant_(layer.alpha, 1.0)
+    weights = layer.bits().float() * 2 - 1
+    assert layer(torch.full((1, 3, 3, 3), value)).flatten().tolist() == [sign * weights.sum().item()] * 9
+
+
+@pytest.mark.parametrize("selection", ["half", "analytic"])
+def test_nothing_reads_values_back_to_the_host(selection: str) -> None:
+    """A meta tensor has no values: reading one raises. So no percentile, bit or statistic waits for the device."""
+    layer = SiMaNConv2d(4, 6, 3, padding="same", groups=2, device="meta", selection=selection)
+    x = torch.empty(2, 4, 8, 8, device="meta", requires_grad=True)
+    layer.clip_weights_(7.5)
+    y = layer.train()(x)
+    y.backward(torch.empty_like(y))
+    assert y.shape == (2, 6, 8, 8)
+    assert layer.eval()(x).shape == (2, 6, 8, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_neither_bits_nor_signs(dtype: torch.dtype) -> None:
+    """Statistics stay in float32: with alpha = 1 the output is the same integer, exact in half precision."""
+    torch.manual_seed(1)
+    layer = SiMaNConv2d(16, 8, 3, padding=1)
+    nn.init.constant_(layer.alpha, 1.0)
+    nn.init.zeros_(layer.bias)
+    x = torch.randn(2, 16, 12, 12, requires_grad=True)
+    plain = layer(x)
+    with torch.autocast("cpu", dtype=dtype):
+        mixed = layer(x)
+    assert mixed.dtype == dtype
+    assert torch.equal(mixed.float(), plain)
+    mixed.float().square().mean().backward()
+    assert layer.weight.grad is not None
+    assert layer.weight.grad.dtype == torch.float32
+    assert torch.isfinite(layer.weight.grad).all()
+    assert layer.weight.grad.abs().max() > 0
+
+
+def test_the_conv_function_keeps_its_input_and_nothing_of_its_size() -> None:
+    """Memory: what the backward pass holds of activation size is x, as for a full-precision convolution."""
+    layer = SiMaNConv2d(8, 8, 3, padding=1)
+    x = torch.randn(4, 8, 16, 16, requires_grad=True)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        layer(x)
+    assert x.untyped_storage().data_ptr() in kept
+    assert sum(numel >= x.numel() for numel in kept.values()) == 1
+
+
+def pretrained_conv() -> nn.Conv2d:
+    torch.manual_seed(2)
+    return nn.Conv2d(8, 12, (3, 5), stride=(2, 1), padding=(1, 2), dilation=(1, 1), groups=4, bias=True)
+
+
+def test_from_float_remap() -> None:
+    conv = pretrained_conv().eval()
+    conv.weight.requires_grad_(False)
+    layer = SiMaNConv2d.from_float(conv)
+    w = conv.weight.flatten(1)
+    assert torch.equal(layer.bits().flatten(1), w > w.median(dim=1, keepdim=True).values)
+    signs = 2.0 * layer.bits().flatten(1) - 1
+    assert torch.allclose(layer.alpha, (w * signs).sum(dim=1) / w.shape[1])
+    assert torch.equal(layer.bias, conv.bias)
+    assert (layer.stride, layer.padding, layer.groups, layer.training) == ((2, 1), (1, 2), 4, False)
+    assert not layer.weight.requires_grad
+    x = torch.randn(2, 8, 9, 9)
+    assert layer(x).shape == conv(x).shape
+
+
+def test_from_float_copy() -> None:
+    conv = pretrained_conv()
+    layer = SiMaNConv2d.from_float(conv, init="copy", selection="analytic")
+    assert torch.equal(layer.weight, conv.weight)
+    assert torch.allclose(layer.alpha, conv.weight.abs().mean(dim=(1, 2, 3)))
+    assert layer.selection == "analytic"
+
+
+def test_from_float_keeps_device_and_dtype() -> None:
+    assert SiMaNConv2d.from_float(pretrained_conv().double()).alpha.dtype == torch.float64
+    assert SiMaNConv2d.from_float(pretrained_conv().to("meta")).weight.is_meta
+
+
+def test_bad_arguments_are_one_line() -> None:
+    conv = pretrained_conv()
+    with pytest.raises(InputError, match=r"unknown initialisation 'xavier'; known: remap, copy"):
+        SiMaNConv2d.from_float(conv, init="xavier")
+    with pytest.raises(InputError, match=r"unknown bit selection 'mean'; known: half, analytic"):
+        SiMaNConv2d.from_float(conv, selection="mean")
+    with pytest.raises(InputError, match="pads with zeros only"):
+        SiMaNConv2d.from_float(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
+
+
+def test_clip_writes_the_weights_and_no_gradient() -> None:
+    layer = SiMaNConv2d(4, 4, 3)
+    layer.clip_weights_(15.0)
+    magnitudes = layer.weight.detach().abs()
+    assert (magnitudes == magnitudes.max()).sum() >= 0.1 * magnitudes.numel()
+    assert layer.weight.requires_grad
+    assert layer.weight.grad_fn is None
