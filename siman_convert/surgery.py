@@ -1,6 +1,6 @@
 """Carries out a plan: the planned convolutions become binary layers, in place, and nothing else changes.
 
-No layer is judged here; what may become binary is decided in `plan.py`. Everything is checked before the first swap, so
+No layer is judged here; what may become binary is decided in `plans.py`. Everything is checked before the first swap, so
 a plan that does not fit leaves the model as it was.
 """
 
@@ -11,7 +11,7 @@ from torch import nn
 from siman_convert.binarize import Selection
 from siman_convert.errors import InputError
 from siman_convert.layers import Init, SiMaNConv2d
-from siman_convert.plan import ConvDecision, Plan
+from siman_convert.plans import ConvDecision, Plan
 
 
 def apply_plan(model: nn.Module, plan: Plan, *, init: Init = "remap", selection: Selection = "half") -> nn.Module:

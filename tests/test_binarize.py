@@ -73,12 +73,18 @@ def test_percentiles_are_numpys(seed: int, count: int, percent: float, distinct:
     assert high.item() == pytest.approx(np.percentile(values, 100 - percent), rel=1e-12, abs=1e-9)
 
 
-def test_percentiles_by_sorting_equal_those_by_selection() -> None:
-    values = random_rows(3, 1, 1001)[0]
-    wanted = [binarize._percentile_by_selection(values, percent) for percent in (0.0, 3.3, 50.0, 96.7, 100.0)]
-    ordered = values.sort().values
-    ranks = binarize._ranks(1001, (0.0, 3.3, 50.0, 96.7, 100.0))
-    assert [binarize._interpolate(ordered[a], ordered[b], part) for a, b, part in ranks] == wanted
+@given(
+    seed=RNG_SEEDS,
+    count=st.integers(1, 200_000),
+    rank=st.floats(0, 1),
+    kind=st.sampled_from(["normal", "ties", "sorted"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_selection_equals_sorting(seed: int, count: int, rank: float, kind: str) -> None:
+    values = random_rows(seed, 1, count)[0]
+    values = {"normal": values, "ties": values.round(), "sorted": values.sort().values}[kind]
+    position = int(rank * (count - 1))
+    assert binarize._select_on_cpu(values, position) == binarize._select_by_sorting(values, position)
 
 
 def test_percentiles_of_more_than_16_million_elements() -> None:

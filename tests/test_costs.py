@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from siman_convert.cli.inspect import inspect_record, render_plan, si
+from siman_convert.cli.plan_table import inspect_record, render_plan, si
 from siman_convert.costs import EVERYTHING_ELSE, MATRIX_PRODUCTS, plan_costs
-from siman_convert.plan import make_plan
+from siman_convert.plans import make_plan
 from siman_convert.surgery import apply_plan
 
 

@@ -124,6 +124,8 @@ def load_golden_state(model: nn.Module, data: dict[str, np.ndarray], prefix: str
     """Copy the golden state into `model`; returns our name -> theirs for every tensor that both have."""
     stored = {key.removeprefix(prefix): value for key, value in data.items() if key.startswith(prefix)}
     names = {name: name for name in stored if not name.endswith(".B")}
-    state = {name: torch.from_numpy(stored[theirs]).reshape(model.state_dict()[name].shape) for name, theirs in names.items()}
+    state = {
+        name: torch.from_numpy(stored[theirs]).reshape(model.state_dict()[name].shape) for name, theirs in names.items()
+    }
     model.load_state_dict(state)
     return names

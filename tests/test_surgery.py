@@ -9,7 +9,7 @@ from torch import nn
 
 from siman_convert.errors import InputError
 from siman_convert.layers import SiMaNConv2d
-from siman_convert.plan import ConvDecision, Plan, make_plan
+from siman_convert.plans import ConvDecision, Plan, make_plan
 from siman_convert.surgery import apply_plan, binary_layers
 
 

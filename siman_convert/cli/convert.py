@@ -6,7 +6,12 @@ import typer
 
 from siman_convert.cli.common import RUNS, Device, Json, Output, Workers, megabytes, percent, print_json
 
-START, TRAIN, DATA, MACHINE = "What to convert", "Training (part of the recipe)", "Images (part of the recipe)", "Machine"
+START, TRAIN, DATA, MACHINE = (
+    "What to convert",
+    "Training (part of the recipe)",
+    "Images (part of the recipe)",
+    "Machine",
+)
 
 
 def _option(*names: str, panel: str = TRAIN, **settings: Any) -> Any:
@@ -15,19 +20,31 @@ def _option(*names: str, panel: str = TRAIN, **settings: Any) -> Any:
 
 def convert(
     ctx: typer.Context,
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="A timm model; `siman models` lists them.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A timm model; `siman models` lists them.")
+    ] = None,
     data: Annotated[
-        str | None, _option("--data", "--data-dir", panel=START, help="Images: a folder, IDX or CIFAR files, hfds/..., wds/..., "
-                            "tfds/..., or digits (the default).")
+        str | None,
+        _option(
+            "--data",
+            "--data-dir",
+            panel=START,
+            help="Images: a folder, IDX or CIFAR files, hfds/..., wds/..., tfds/..., or digits (the default).",
+        ),
     ] = None,  # fmt: skip
     recipe: Annotated[
         str | None, _option("--recipe", panel=START, help="A shipped recipe or a YAML file [default: finetune].")
     ] = None,
-    assignments: Annotated[list[str], _option("--set", panel=START, help="key=value of any recipe field.")] = [],  # noqa: B006
+    assignments: Annotated[list[str], _option("--set", panel=START, help="key=value of any recipe field.")] = [],
     weights: Annotated[
-        str, _option("--weights", "--initial-checkpoint", panel=START, help="pretrained, none, or a .safetensors or .pth file.")
+        str,
+        _option(
+            "--weights", "--initial-checkpoint", panel=START, help="pretrained, none, or a .safetensors or .pth file."
+        ),
     ] = "pretrained",
-    resume: Annotated[str | None, _option("--resume", panel=START, help="Go on with this run; `last` is the newest.")] = None,
+    resume: Annotated[
+        str | None, _option("--resume", panel=START, help="Go on with this run; `last` is the newest.")
+    ] = None,
     dry_run: Annotated[bool, _option("--dry-run", panel=START, help="Check everything, write nothing.")] = False,
     epochs: Annotated[int | None, _option(help="Binary epochs; 0: post-training mode.")] = None,
     fp_epochs: Annotated[int | None, _option(help="Full-precision epochs before the conversion.")] = None,
@@ -51,10 +68,12 @@ def convert(
     seed: Annotated[int | None, _option(help="Of everything random.")] = None,
     init: Annotated[str | None, _option(help="remap or copy: how weights become magnitudes.")] = None,
     binarizer: Annotated[str | None, _option(help="half or analytic: how magnitudes become bits.")] = None,
-    keep: Annotated[list[str], _option(help="Glob of convolutions to keep in full precision.")] = [],  # noqa: B006
-    binarize: Annotated[list[str], _option(help="Glob of convolutions to binarize all the same.")] = [],  # noqa: B006
+    keep: Annotated[list[str], _option(help="Glob of convolutions to keep in full precision.")] = [],
+    binarize: Annotated[list[str], _option(help="Glob of convolutions to binarize all the same.")] = [],
     img_size: Annotated[int | None, _option(panel=DATA, help="Input height and width.")] = None,
-    val_split: Annotated[float | None, _option(panel=DATA, help="Share held out of a single folder of classes.")] = None,
+    val_split: Annotated[
+        float | None, _option(panel=DATA, help="Share held out of a single folder of classes.")
+    ] = None,
     hflip: Annotated[float | None, _option(panel=DATA, help="Probability of a mirror image.")] = None,
     color_jitter: Annotated[float | None, _option(panel=DATA, help="Strength of colour jitter.")] = None,
     aa: Annotated[str | None, _option(panel=DATA, help="timm's auto-augment string.")] = None,
@@ -71,7 +90,7 @@ def convert(
 ) -> None:
     """Convert a timm model to a binary network and fine-tune it; Ctrl-C stops cleanly, --resume goes on."""
     from siman_convert.cli.terminal import Terminal
-    from siman_convert.conversion import Options
+    from siman_convert.conversion import Options, Result
     from siman_convert.conversion import convert as start
     from siman_convert.conversion import resume as go_on
     from siman_convert.errors import InputError
@@ -79,7 +98,9 @@ def convert(
     from siman_convert.runs import find_run
     from siman_convert.train import Interrupted
 
-    flags = {name: value for name, value in ctx.params.items() if name in Recipe.model_fields and value not in (None, [])}
+    flags = {
+        name: value for name, value in ctx.params.items() if name in Recipe.model_fields and value not in (None, [])
+    }
     overrides = {**parse_assignments(assignments), **flags}
     options = Options(output, experiment, device, workers, save_every, dry_run)
     with Terminal(quiet=as_json) as terminal:
@@ -87,12 +108,14 @@ def convert(
             if resume is not None:
                 run = find_run(None if resume == "last" else resume, output)
                 _refuse_changes(run, model, data, recipe, overrides)
-                result = go_on(run, options=options, watcher=terminal)
+                result: Result | None = go_on(run, options=options, watcher=terminal)
             elif model is None:
                 raise InputError("name a model to convert, for example `siman convert resnet18 --data PATH`")
             else:
                 wanted = load_recipe(recipe or "finetune", overrides)
-                result = start(model, data or "digits", recipe=wanted, weights=weights, options=options, watcher=terminal)
+                result = start(
+                    model, data or "digits", recipe=wanted, weights=weights, options=options, watcher=terminal
+                )
         except Interrupted as error:
             raise Interrupted(f"{error}; go on with: {terminal.resume_command()}") from None
     if result is None:
@@ -103,7 +126,9 @@ def convert(
         _print_result(result)
 
 
-def _refuse_changes(run: Any, model: str | None, data: str | None, recipe: str | None, overrides: dict[str, Any]) -> None:
+def _refuse_changes(
+    run: Any, model: str | None, data: str | None, recipe: str | None, overrides: dict[str, Any]
+) -> None:
     """A resumed run keeps its model, data and recipe: asking for another is an error that names what differs."""
     from pathlib import Path
 
@@ -128,7 +153,9 @@ def _print_result(result: Any) -> None:
     times = result.bytes_before / result.bytes_after
     print()
     print(f"full precision  top-1 {percent(result.full_precision_top1)}")
-    print(f"binary          top-1 {percent(result.best_top1)} (epoch {result.best_epoch}; last {percent(result.last_top1)})")
+    print(
+        f"binary          top-1 {percent(result.best_top1)} (epoch {result.best_epoch}; last {percent(result.last_top1)})"
+    )
     print(f"weights         {size} when packed, {times:.1f} times smaller")
     if result.bad_images:
         print(f"unreadable      {result.bad_images} images skipped")

@@ -8,7 +8,9 @@ from siman_convert.cli.common import RUNS, Device, Json, Output, Workers, print_
 
 
 def evaluate(
-    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run's name or folder; default: the newest.")] = None,
+    run: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run's name or folder; default: the newest.")
+    ] = None,
     last: Annotated[bool, typer.Option("--last", help="The last weights instead of the best.")] = False,
     full_precision: Annotated[
         bool, typer.Option("--full-precision", help="The full-precision model the run was converted from.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from siman_convert.errors import InputError
-from siman_convert.plan import ConvDecision, Plan, make_plan, native_input_size
+from siman_convert.plans import ConvDecision, Plan, make_plan, native_input_size
 
 SHORTCUT, STEM, GATE = "1x1 residual shortcut", "stem: reads the image", "input map is 1x1"
 

@@ -1,0 +1,74 @@
+"""The table behind `siman models`: what the plan makes of every timm architecture.
+
+It ships with the package, since asking timm itself takes seconds. `python -m siman_convert.model_table` makes it anew (about half
+an hour on one core; it goes on where it was stopped); a test holds a sample of its rows against fresh plans.
+"""
+
+import difflib
+import fnmatch
+import importlib.resources
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from siman_convert.errors import InputError
+from siman_convert.files import write_text
+
+FILE = "models.jsonl"  # one row a line, sorted by name
+Row = dict[str, Any]
+
+
+def read_table() -> list[Row]:
+    """The shipped rows: name, convolutions, binarized, binary_macs_share (0 to 1), parameters."""
+    text = (importlib.resources.files("siman_convert") / FILE).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def matching(rows: Sequence[Row], pattern: str) -> list[Row]:
+    """The rows whose name matches a glob, or contains `pattern`. InputError with close matches when there are none."""
+    names = [row["name"] for row in rows]
+    chosen = set(fnmatch.filter(names, pattern)) or {name for name in names if pattern in name}
+    if not chosen:
+        close = difflib.get_close_matches(pattern, names, n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(close)}?" if close else ""
+        raise InputError(f"no model matches {pattern!r}{hint}")
+    return [row for row in rows if row["name"] in chosen]
+
+
+def make_row(name: str) -> Row:
+    """Plan one architecture with random weights, as it is in timm."""
+    import timm
+    import torch
+
+    from siman_convert.costs import plan_costs
+    from siman_convert.plans import make_plan
+
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    plan = make_plan(model, name=name)
+    costs = plan_costs(model, plan)
+    return {
+        "name": name,
+        "convolutions": len(plan.decisions),
+        "binarized": len(plan.binarized),
+        "binary_macs_share": round(1 - costs.float_macs_share, 4),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+def regenerate(path: Path) -> None:
+    """Write rows for all of timm's architectures that have a Conv2d, keeping the rows the file has."""
+    import timm
+
+    rows = {row["name"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
+    for name in timm.list_models():
+        if name not in rows:
+            rows[name] = make_row(name)
+            write_text(path, "".join(json.dumps(rows[key]) + "\n" for key in sorted(rows)))
+            print(name, file=sys.stderr)
+
+
+if __name__ == "__main__":
+    regenerate(Path(__file__).with_name(FILE))
