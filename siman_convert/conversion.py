@@ -50,7 +50,7 @@ from siman_convert.models import LoadedModel, create, load_model, require_known
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, find_run, run_name
-from siman_convert.surgery import apply_plan
+from siman_convert.surgery import apply_plan, binary_layers
 from siman_convert.train import Data, Interrupted, Phase, PhaseName, Silent, Stop, TrainingStep, Watcher, make_optimizer
 
 CALIBRATION_BATCH = 64  # images; statistics are averaged over batches, so this is not the training batch
@@ -230,35 +230,47 @@ def _report_duration(job: Job, device: torch.device, watcher: Watcher) -> None:
     """Step 4: time a few real steps on a copy of the model and say how long the whole run will take."""
     recipe = job.recipe
     steps = math.ceil(len(job.source.train) / (recipe.batch_size * recipe.grad_accum_steps * _processes()))
-    images = recipe.batch_size * recipe.grad_accum_steps
-    fp_step = _seconds_per_image(job, device, binary=False) * images if recipe.fp_epochs else 0.0
-    step = _seconds_per_image(job, device, binary=True) * images if recipe.epochs else 0.0
-    total = steps * (recipe.fp_epochs * fp_step + recipe.epochs * step)
-    parts = (
-        [f"{recipe.fp_epochs} full-precision epochs of {steps} steps at about {_duration(fp_step)}"] if fp_step else []
+    phases = [("full-precision", recipe.fp_epochs, False), ("binary", recipe.epochs, True)]
+    parts, total = [], 0.0
+    for name, epochs, binary in phases:
+        if epochs:
+            step = _seconds_per_step(job, device, binary=binary)
+            parts.append(f"{epochs} {name} epochs of {steps} steps at about {_duration(step)}")
+            total += epochs * steps * step
+    watcher.stage(
+        4, "time", f"{', then '.join(parts)}; about {_duration(total)} in all" if parts else "nothing to train"
     )
-    parts += [f"{recipe.epochs} binary epochs of {steps} steps at about {_duration(step)}"] if step else []
-    text = f"{', then '.join(parts)}; about {_duration(total)} to finish" if parts else "post-training: minutes"
-    watcher.stage(4, "time", text)
 
 
-def _seconds_per_image(job: Job, device: torch.device, *, binary: bool) -> float:
-    """Forward, backward and update on random images, in a copy of the model."""
+def _seconds_per_step(job: Job, device: torch.device, *, binary: bool) -> float:
+    """Forward, backward and update of one optimizer step on random images, in a copy of the model.
+
+    On a CPU a large batch is extrapolated from two small ones: clip, bits and update cost the same for any batch.
+    """
     recipe = job.recipe
     model = copy.deepcopy(job.loaded.module)
     if binary:
         model = apply_plan(model, job.plan, init="copy", selection=recipe.binarizer)
     step = TrainingStep(model, nn.CrossEntropyLoss()).to(device).train()
     optimizer = make_optimizer(model, recipe, recipe.lr)
-    count = min(TIMED_BATCH, recipe.batch_size) if device.type == "cpu" else recipe.batch_size
-    images = torch.randn(max(2, count), *job.preprocess.input_size, device=device)
-    targets = torch.zeros(len(images), dtype=torch.int64, device=device)
-    for repeat in range(3):
-        if repeat == 1:
-            started = _clock(device)
-        step(images, targets)[0].backward()
-        optimizer.step()
-    return (_clock(device) - started) / 2 / len(images)
+
+    def seconds(images: int) -> float:
+        batch = torch.randn(images, *job.preprocess.input_size, device=device)
+        targets = torch.zeros(images, dtype=torch.int64, device=device)
+        for repeat in range(3):
+            if repeat == 1:
+                started = _clock(device)
+            for layer in binary_layers(model).values():
+                layer.clip_weights_(recipe.clip_percent)
+            step(batch, targets)[0].backward()
+            optimizer.step()
+        return (_clock(device) - started) / 2
+
+    if device.type != "cpu" or recipe.batch_size <= TIMED_BATCH:
+        return seconds(max(2, recipe.batch_size)) * recipe.grad_accum_steps
+    half, whole = seconds(TIMED_BATCH // 2), seconds(TIMED_BATCH)
+    per_image = max(0.0, whole - half) / (TIMED_BATCH // 2)
+    return (whole + per_image * (recipe.batch_size - TIMED_BATCH)) * recipe.grad_accum_steps
 
 
 def _clock(device: torch.device) -> float:

@@ -31,7 +31,7 @@ def convert(
             panel=START,
             help="Images: a folder, IDX or CIFAR files, hfds/..., wds/..., tfds/..., or digits (the default).",
         ),
-    ] = None,  # fmt: skip
+    ] = None,
     recipe: Annotated[
         str | None, _option("--recipe", panel=START, help="A shipped recipe or a YAML file [default: finetune].")
     ] = None,
