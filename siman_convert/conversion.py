@@ -257,19 +257,20 @@ def _seconds_per_step(job: Job, device: torch.device, *, binary: bool) -> float:
     def seconds(images: int) -> float:
         batch = torch.randn(images, *job.preprocess.input_size, device=device)
         targets = torch.zeros(images, dtype=torch.int64, device=device)
-        for repeat in range(3):
-            if repeat == 1:
-                started = _clock(device)
+        times = []
+        for _ in range(3):
+            started = _clock(device)
             for layer in binary_layers(model).values():
                 layer.clip_weights_(recipe.clip_percent)
             step(batch, targets)[0].backward()
             optimizer.step()
-        return (_clock(device) - started) / 2
+            times.append(_clock(device) - started)
+        return min(times)  # the first run warms up
 
     if device.type != "cpu" or recipe.batch_size <= TIMED_BATCH:
         return seconds(max(2, recipe.batch_size)) * recipe.grad_accum_steps
-    half, whole = seconds(TIMED_BATCH // 2), seconds(TIMED_BATCH)
-    per_image = max(0.0, whole - half) / (TIMED_BATCH // 2)
+    quarter, whole = seconds(TIMED_BATCH // 4), seconds(TIMED_BATCH)
+    per_image = max(0.0, whole - quarter) / (TIMED_BATCH - TIMED_BATCH // 4)
     return (whole + per_image * (recipe.batch_size - TIMED_BATCH)) * recipe.grad_accum_steps
 
 

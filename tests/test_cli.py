@@ -1,0 +1,319 @@
+"""The command line end to end on real images, in this process: what users type, what they get, what bad input gets."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+
+from siman_convert.cli import run as siman
+from siman_convert.runs import Run
+
+FAST = ["--set", "calibration_images=64", "-b", "64", "--device", "cpu"]
+
+
+def converted(output: Path, data: Path, *extra: str) -> int:
+    return siman(
+        ["convert", "test_resnet", "--data", str(data), "--weights", "none", "--output", str(output), *FAST, *extra]
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A finished conversion: one full-precision epoch, two binary ones."""
+    output = tmp_path_factory.mktemp("runs")
+    assert converted(output, digits, "--fp-epochs", "1", "--epochs", "2", "--experiment", "one") == 0
+    return Run(output / "one")
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("siman: ")
+    return lines[0]
+
+
+def test_the_run_folder_is_complete(finished: Run) -> None:
+    names = {path.name for path in finished.folder.iterdir()}
+    assert names == {
+        "run.json", "recipe.yaml", "plan.json", "environment.json", "metrics.jsonl", "state",
+        "full-precision.safetensors", "best.safetensors", "last.safetensors",
+    }  # fmt: skip
+    assert (finished.folder.parent / "last").read_text() == "one\n"
+    records = [(record["phase"], record["epoch"]) for record in finished.metrics()]
+    assert records == [("full-precision", 1), ("binary", 0), ("binary", 1), ("binary", 2)]
+    assert finished.info().model == "test_resnet"
+    assert finished.recipe().epochs == 2
+
+
+def test_training_moves_latents_and_alpha_and_decays_neither(finished: Run) -> None:
+    last = safetensors.torch.load_file(finished.weights("last"))
+    names = finished.plan().binarized
+    assert names
+    for name in names:
+        assert last[f"{name}.alpha"].shape == (last[f"{name}.weight"].shape[0],)
+        magnitudes = last[f"{name}.weight"].abs()
+        assert magnitudes.std() < magnitudes.mean()  # the clip drives magnitudes together (0.76 for a Gaussian)
+
+
+@pytest.mark.parametrize("which", ["best", "last", "full-precision"])
+def test_eval_repeats_what_training_reported(finished: Run, which: str, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = {"best": [], "last": ["--last"], "full-precision": ["--full-precision"]}[which]
+    command = ["eval", "one", "--output", str(finished.folder.parent), "--json", "--device", "cpu", *flags]
+    assert siman(command) == 0
+    document = json.loads(capsys.readouterr().out)
+    phase = "full-precision" if which == "full-precision" else "binary"
+    records = [record for record in finished.metrics() if record["phase"] == phase]
+    expected = max(records, key=lambda record: record["top1"]) if which == "best" else records[-1]
+    assert (document["top1"], document["top5"], document["images"]) == (expected["top1"], expected["top5"], 97)
+    assert document["loss"] == pytest.approx(expected["loss"], rel=1e-12)
+    assert document["schema_version"] == 1
+
+
+def test_eval_without_a_name_takes_the_newest_run(
+    finished: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.folder.parent, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path)
+    assert siman(["eval", "--device", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert "runs/one, best weights, 97 images" in out
+    assert f"top-1 {max(r['top1'] for r in finished.metrics() if r['phase'] == 'binary'):.2f} %" in out
+
+
+def test_runs_lists_it(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert siman(["runs", "--output", str(finished.folder.parent), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (row["name"], row["finished"], row["epochs_done"]) == ("one", True, 2)
+    assert row["full_precision_top1"] == finished.metrics()[0]["top1"]
+
+
+def test_inspect_a_run_and_a_model(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert siman(["inspect", str(finished.folder), "--json"]) == 0
+    of_run = json.loads(capsys.readouterr().out)
+    assert siman(["inspect", "test_resnet", "--num-classes", "10", "--json"]) == 0
+    of_model = json.loads(capsys.readouterr().out)
+    assert of_run == of_model
+    assert siman(["inspect", "test_resnet", "--keep", "layer1.*"]) == 0
+    assert "you asked to keep layer1.*" in " ".join(capsys.readouterr().out.split())
+
+
+def test_nothing_runs_twice_on_a_finished_run(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = finished.weights("last").read_bytes()
+    assert siman(["convert", "--resume", str(finished.folder), "--device", "cpu"]) == 0
+    assert finished.weights("last").read_bytes() == before
+    assert "next: siman eval" in capsys.readouterr().out
+
+
+def test_dry_run_writes_nothing(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert converted(tmp_path / "runs", digits, "--dry-run") == 0
+    out = capsys.readouterr().out
+    assert [line[:3] for line in out.splitlines() if line[1:3] == "/4"] == ["1/4", "2/4", "3/4", "4/4"]
+    assert "320 training and 97 validation images" in out
+    assert "convolutions become binary" in out
+    assert "in all" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_post_training_mode(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert converted(tmp_path, digits, "--recipe", "post-training", "--experiment", "post", "--json") == 0
+    result = json.loads(capsys.readouterr().out)
+    run = Run(tmp_path / "post")
+    assert [(record["phase"], record["epoch"]) for record in run.metrics()] == [("binary", 0)]
+    assert result["best_top1"] == run.metrics()[0]["top1"]
+    assert result["full_precision_top1"] is None  # random weights: there is nothing to measure
+
+
+def test_weights_from_a_file_give_a_measured_start(finished: Run, digits: Path, tmp_path: Path) -> None:
+    """The full-precision weights of a run, given as a file, are evaluated before conversion: the same top-1."""
+    weights = str(finished.weights("full-precision"))
+    assert converted(tmp_path, digits, "--weights", weights, "--epochs", "0", "--experiment", "w") == 0
+    records = Run(tmp_path / "w").metrics()
+    assert [(record["phase"], record["epoch"]) for record in records] == [("full-precision", 0), ("binary", 0)]
+    assert records[0]["top1"] == finished.metrics()[0]["top1"]
+
+
+def test_a_torch_checkpoint_with_another_head(finished: Run, digits: Path, tmp_path: Path) -> None:
+    state = safetensors.torch.load_file(finished.weights("full-precision"))
+    heads = [name for name in state if name.startswith("fc.")]
+    assert heads
+    for name in heads:
+        state[name] = state[name][:3].clone()
+    file = tmp_path / "three.pth"
+    torch.save({"state_dict": {f"module.{name}": value for name, value in state.items()}}, file)
+    assert converted(tmp_path, digits, "--weights", str(file), "--epochs", "0", "--experiment", "h") == 0
+    assert [record["phase"] for record in Run(tmp_path / "h").metrics()] == ["binary"]  # a new head measures nothing
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--opt", "adamw", "--lr", "0.001", "--warmup-epochs", "1", "--clip-grad", "1"],
+        ["--model-ema", "--model-ema-decay", "0.9", "--mixup", "0.2", "--cutmix", "0.5", "--smoothing", "0.1"],
+        ["--amp", "--channels-last", "--grad-accum-steps", "3", "--binarizer", "analytic"],
+        ["--set", "crop_padding=4", "--set", "sched_on_updates=false", "--init", "copy", "--reprob", "0.5", "-j", "1"],
+    ],
+    ids=["adamw", "ema-mixup", "amp", "cifar"],
+)
+def test_training_options(flags: list[str], digits: Path, tmp_path: Path) -> None:
+    assert converted(tmp_path, digits, "--epochs", "2", "--experiment", "x", *flags) == 0
+    run = Run(tmp_path / "x")
+    assert len(run.metrics()) == 3
+    weights = safetensors.torch.load_file(run.weights("last"))
+    assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
+
+
+def test_recipes_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert siman(["recipes", "ls"]) == 0
+    assert "finetune" in capsys.readouterr().out
+    target = tmp_path / "mine.yaml"
+    assert siman(["recipes", "cp", "finetune", str(target)]) == 0
+    assert siman(["recipes", "show", str(target)]) == 0
+    assert "epochs: 30" in capsys.readouterr().out
+    assert siman(["recipes", "show", "finetune", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recipe"]["lr"] == 0.02
+    assert siman(["recipes", "cp", "finetune", str(target)]) == 2
+    assert "exists already" in last_line(capsys)
+
+
+def test_models_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert siman(["models", "resnet1*", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
+    assert rows["resnet18"] == {
+        "name": "resnet18", "convolutions": 20, "binarized": 16, "binary_macs_share": 0.924, "parameters": 11689512,
+    }  # fmt: skip
+    assert siman(["models", "resnett18"]) == 2
+    assert "did you mean resnet18" in last_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert"], "name a model to convert"),
+        (["convert", "resnett18"], "unknown model 'resnett18': timm has no such architecture; did you mean"),
+        (["convert", "test_resnet", "--data", "nowhere"], "nowhere"),
+        (["convert", "test_vit", "--weights", "none"], "none of its 1 convolutions can be binarized"),
+        (["convert", "test_resnet", "--recipe", "finetun"], "did you mean finetune?"),
+        (["convert", "test_resnet", "--set", "epoch=3"], "unknown field 'epoch'; did you mean epochs"),
+        (["convert", "test_resnet", "--lr", "-1"], "lr: Input should be greater than 0"),
+        (["convert", "test_resnet", "--weights", "gone.pth"], "no weights file at gone.pth"),
+        (["convert", "test_resnet", "--weights", "none", "--keep", "layer9.*"], "layer9.*"),
+        (["convert", "test_resnet", "--weights", "none", "--device", "cuda:99"], "--device cuda:99: not usable here"),
+        (["convert", "--resume", "gone"], "no run at gone"),
+        (["convert", "--epochz", "3"], "No such option"),
+        (["eval", "gone"], "no run at gone"),
+        (["inspect", "gone"], "unknown model 'gone'"),
+        (["nonsense"], "No such command"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert siman(arguments) == 2
+    assert message in last_line(capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"not a file of weights", "not a weights file"), (b"", "not a weights file")],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_bad_weights_files(
+    content: bytes, message: str, suffix: str, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / f"w{suffix}"
+    file.write_bytes(content)
+    assert converted(tmp_path / "runs", digits, "--weights", str(file)) == 2
+    assert message in last_line(capsys)
+
+
+def test_weights_of_another_network(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "w.pth"
+    torch.save({"conv1.weight": torch.zeros(1)}, file)
+    assert converted(tmp_path / "runs", digits, "--weights", str(file)) == 2
+    assert "does not fit the model" in last_line(capsys)
+
+
+def test_pickled_code_is_not_run(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Attack:
+        def __reduce__(self) -> tuple[object, tuple[str]]:
+            return exec, (f"open({str(tmp_path / 'owned')!r}, 'w')",)
+
+    file = tmp_path / "w.pth"
+    torch.save({"state_dict": Attack()}, file)
+    assert converted(tmp_path / "runs", digits, "--weights", str(file)) == 2
+    assert "not a weights file that can be read safely" in last_line(capsys)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_pretrained_weights_offline_name_the_ways_out(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    assert siman(["convert", "resnet18", "--data", str(digits), "--output", str(tmp_path / "runs")]) == 2
+    line = last_line(capsys)
+    assert "--weights FILE" in line
+    assert "--weights none" in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--epochs", "9"], "epochs is 2, not 9"),
+        (["--recipe", "paper-cifar10"], "was started otherwise"),
+        (["--set", "lr=0.7"], "lr is 0.02, not 0.7"),
+        (["--data", "digits"], "the data is"),
+    ],
+)
+def test_resuming_with_another_recipe_is_refused(
+    finished: Run, extra: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert siman(["convert", "--resume", str(finished.folder), *extra]) == 2
+    assert message in last_line(capsys)
+    assert siman(["convert", "resnet18", "--resume", str(finished.folder)]) == 2
+    assert "the model is test_resnet, not resnet18" in last_line(capsys)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converted(tmp_path, digits, "--epochs", "2", "--lr", "1e30", "--experiment", "nan") == 1
+    line = last_line(capsys)
+    assert "is not finite at step" in line or "validation loss is" in line
+    run = Run(tmp_path / "nan")
+    weights = safetensors.torch.load_file(run.weights("last"))
+    assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
+    assert "finished" not in capsys.readouterr().out
+
+
+def test_out_of_memory_names_a_batch_size(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried ...")
+
+    monkeypatch.setattr("siman_convert.train.Phase._step", fail)
+    assert converted(tmp_path, digits, "--epochs", "1") == 1
+    assert "try --batch-size 32 --grad-accum-steps 2" in last_line(capsys)
+
+
+def test_a_full_disk_is_one_line(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("siman_convert.train.save_weights", full)
+    assert converted(tmp_path, digits, "--epochs", "1") == 1
+    assert "no space left on device" in last_line(capsys)
