@@ -46,7 +46,7 @@ from siman_convert.environment import describe_environment, siman_version
 from siman_convert.errors import InputError, SimanError
 from siman_convert.files import disk_errors
 from siman_convert.metrics import Metrics, evaluate_model
-from siman_convert.models import LoadedModel, create, load_model, require_known
+from siman_convert.models import LoadedModel, create, load_model, require_known, require_weights
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, find_run, run_name
@@ -114,6 +114,8 @@ def convert(
     """
     recipe, options, watcher = recipe or Recipe(), options or Options(), watcher or Silent()
     with _one_line_errors(recipe), stopping_on_signals(watcher) as stop:
+        require_known(model)
+        require_weights(model, weights)
         accelerator = _accelerator(recipe, options.device)
         _report_environment(accelerator, watcher)
         job = _check(model, data, recipe, weights, watcher)
@@ -177,7 +179,6 @@ def _starting_model(run: Run, info: RunInfo, recipe: Recipe) -> LoadedModel:
 
 def _check(model: str, data: str, recipe: Recipe, weights: str, watcher: Watcher) -> Job:
     """Steps 2 and 3: the data, then the model with its plan."""
-    require_known(model)
     source = open_source(data, val_split=recipe.val_split, seed=recipe.seed)
     _report_data(source, watcher)
     torch.manual_seed(recipe.seed)  # a new head, or all weights, are drawn at random

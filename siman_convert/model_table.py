@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def read_table() -> list[Row]:
-    """The shipped rows: name, convolutions, binarized, binary_macs_share (0 to 1), parameters."""
+    """The shipped rows: name, convolutions, binarized."""
     text = (importlib.resources.files("siman_convert") / FILE).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -42,24 +42,16 @@ def make_row(name: str) -> Row:
     import timm
     import torch
 
-    from siman_convert.costs import plan_costs
     from siman_convert.plans import make_plan
 
     with torch.device("meta"):
         model = timm.create_model(name)
     plan = make_plan(model, name=name)
-    costs = plan_costs(model, plan)
-    return {
-        "name": name,
-        "convolutions": len(plan.decisions),
-        "binarized": len(plan.binarized),
-        "binary_macs_share": round(1 - costs.float_macs_share, 4),
-        "parameters": sum(p.numel() for p in model.parameters()),
-    }
+    return {"name": name, "convolutions": len(plan.decisions), "binarized": len(plan.binarized)}
 
 
 def regenerate(path: Path) -> None:
-    """Write rows for all of timm's architectures that have a Conv2d, keeping the rows the file has."""
+    """Write rows for all of timm's architectures, keeping the rows the file has."""
     import timm
 
     rows = {row["name"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from siman_convert.errors import InputError
 
-PROBE_SECONDS = 3.0  # how long a hub may take to answer at all
+PROBE_SECONDS = 2.0  # how long a hub may take to answer at all
 OFFLINE_WAYS_OUT = "give a local file with --weights FILE, or start from random weights with --weights none"
 
 
@@ -42,6 +42,7 @@ def load_model(name: str, classes: int, weights: str = "pretrained") -> LoadedMo
     Raises InputError for an unknown model, unreachable or absent weights, and files that do not fit the model.
     """
     require_known(name)
+    require_weights(name, weights)
     if weights == "none":
         return LoadedModel(create(name, classes), name, "none", new_head=True)
     if weights == "pretrained":
@@ -68,16 +69,22 @@ def require_known(name: str) -> None:
     raise InputError(f"unknown model {name!r}: timm has no such architecture; {hint}")
 
 
+def require_weights(name: str, weights: str) -> None:
+    """Raise InputError at once where `load_model` could not get the weights: no file, no cached copy and no connection."""
+    if weights == "pretrained":
+        cfg = get_pretrained_cfg(name)
+        if cfg is None or not cfg.has_weights:
+            raise InputError(f"{name}: timm has no pretrained weights for it; {OFFLINE_WAYS_OUT}")
+        if _cached_file(cfg) is None:
+            _require_reachable(name, cfg)
+    elif weights != "none":
+        _require_file(Path(weights))
+
+
 def _pretrained(name: str, classes: int) -> LoadedModel:
     cfg = get_pretrained_cfg(name)
-    if cfg is None or not cfg.has_weights:
-        raise InputError(f"{name}: timm has no pretrained weights for it; {OFFLINE_WAYS_OUT}")
-    overlay = {}
     cached = _cached_file(cfg)
-    if cached is not None:
-        overlay = {"file": cached}
-    else:
-        _require_reachable(name, cfg)
+    overlay = {} if cached is None else {"file": cached}
     with _quiet_hub():
         try:
             model = create(name, classes, pretrained=True, pretrained_cfg_overlay=overlay)
@@ -156,8 +163,7 @@ def _load_file(model: nn.Module, path: Path) -> bool:
 
 def read_state_dict(path: Path) -> dict[str, Tensor]:
     """Tensors by name from a .safetensors or torch file, nothing unpickled but tensors. Raises InputError."""
-    if not path.is_file():
-        raise InputError(f"no weights file at {path}; expected a .safetensors or .pth file, or --weights none")
+    _require_file(path)
     try:
         state = load_timm_state_dict(str(path), weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
@@ -169,6 +175,11 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise InputError(f"{path}: holds no tensors; expected a state dict of the model")
     return tensors
+
+
+def _require_file(path: Path) -> None:
+    if not path.is_file():
+        raise InputError(f"no weights file at {path}; expected a .safetensors or .pth file, or --weights none")
 
 
 def _classifier_names(model: nn.Module) -> tuple[str, ...]:

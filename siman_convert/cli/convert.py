@@ -33,7 +33,7 @@ def convert(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, _option("--recipe", panel=START, help="A shipped recipe or a YAML file [default: finetune].")
+        str | None, _option("--recipe", panel=START, help="A shipped recipe or a YAML file; without it: finetune.")
     ] = None,
     assignments: Annotated[list[str], _option("--set", panel=START, help="key=value of any recipe field.")] = [],
     weights: Annotated[
@@ -88,7 +88,10 @@ def convert(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Convert a timm model to a binary network and fine-tune it; Ctrl-C stops cleanly, --resume goes on."""
+    """Convert a model and fine-tune it.
+
+    Ctrl-C stops cleanly and prints the command that goes on.
+    """
     from siman_convert.cli.terminal import Terminal
     from siman_convert.conversion import Options, Result
     from siman_convert.conversion import convert as start

@@ -26,7 +26,10 @@ def evaluate(
     output: Output = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a run: top-1, top-5, loss and speed on its validation images."""
+    """Evaluate a run on its validation images.
+
+    Prints top-1, top-5, loss and images a second.
+    """
     from dataclasses import asdict
 
     from siman_convert.conversion import evaluate as evaluate_run

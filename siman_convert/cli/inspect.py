@@ -16,7 +16,7 @@ def inspect(
     output: Output = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Show for every convolution whether it becomes binary, why, and what that saves."""
+    """Show what becomes binary, why, and what it saves."""
     from rich.console import Console
 
     from siman_convert.cli.plan_table import inspect_record, render_plan

@@ -11,7 +11,7 @@ def models(
     pattern: Annotated[str, typer.Argument(help="A glob such as 'resnet*', or part of a name; default: all.")] = "*",
     as_json: Json = False,
 ) -> None:
-    """List the timm models that can be converted: convolutions, how many become binary, what share of the work."""
+    """List timm models and how much of each becomes binary."""
     from siman_convert.model_table import matching, read_table
 
     rows = matching(read_table(), pattern)
@@ -19,9 +19,6 @@ def models(
         print_json({"models": rows})
         return
     width = max(len(row["name"]) for row in rows)
-    print(f"{'model':{width}}  convs  binary  binary work  parameters")
+    print(f"{'model':{width}}  convolutions  become binary")
     for row in rows:
-        share = f"{100 * row['binary_macs_share']:10.1f}%" if row["binarized"] else f"{'-':>11}"
-        print(
-            f"{row['name']:{width}}  {row['convolutions']:5}  {row['binarized']:6}  {share}  {row['parameters'] / 1e6:9.1f}M"
-        )
+        print(f"{row['name']:{width}}  {row['convolutions']:12}  {row['binarized'] or '-':>13}")

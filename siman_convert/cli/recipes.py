@@ -7,7 +7,7 @@ import typer
 
 from siman_convert.cli.common import Json, print_json
 
-app = typer.Typer(help="List, show and copy recipes.", no_args_is_help=True)
+app = typer.Typer(help="List, show and copy recipes.")
 Name = Annotated[str, typer.Argument(help="A shipped recipe, or a file.")]
 
 
