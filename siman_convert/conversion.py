@@ -46,7 +46,7 @@ from siman_convert.environment import describe_environment, siman_version
 from siman_convert.errors import InputError, SimanError
 from siman_convert.files import disk_errors
 from siman_convert.metrics import Metrics, evaluate_model
-from siman_convert.models import LoadedModel, create, load_model, require_known, require_weights
+from siman_convert.models import LoadedModel, create, load_model, require_known
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, find_run, run_name
@@ -115,7 +115,6 @@ def convert(
     recipe, options, watcher = recipe or Recipe(), options or Options(), watcher or Silent()
     with _one_line_errors(recipe), stopping_on_signals(watcher) as stop:
         require_known(model)
-        require_weights(model, weights)
         accelerator = _accelerator(recipe, options.device)
         _report_environment(accelerator, watcher)
         job = _check(model, data, recipe, weights, watcher)
@@ -236,7 +235,8 @@ def _report_duration(job: Job, device: torch.device, watcher: Watcher) -> None:
     for name, epochs, binary in phases:
         if epochs:
             step = _seconds_per_step(job, device, binary=binary)
-            parts.append(f"{epochs} {name} epochs of {steps} steps at about {_duration(step)}")
+            plural = "s" if epochs > 1 else ""
+            parts.append(f"{epochs} {name} epoch{plural} of {steps} steps at about {_duration(step)}")
             total += epochs * steps * step
     watcher.stage(
         4, "time", f"{', then '.join(parts)}; about {_duration(total)} in all" if parts else "nothing to train"

@@ -3,9 +3,6 @@
 import contextlib
 import difflib
 import logging
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +16,7 @@ from timm.models import load_state_dict as load_timm_state_dict
 from torch import Tensor, nn
 
 from siman_convert.errors import InputError
-
-PROBE_SECONDS = 2.0  # how long a hub may take to answer at all
-OFFLINE_WAYS_OUT = "give a local file with --weights FILE, or start from random weights with --weights none"
+from siman_convert.hub import WAYS_OUT, require_answer
 
 
 @dataclass(frozen=True)
@@ -74,9 +69,9 @@ def require_weights(name: str, weights: str) -> None:
     if weights == "pretrained":
         cfg = get_pretrained_cfg(name)
         if cfg is None or not cfg.has_weights:
-            raise InputError(f"{name}: timm has no pretrained weights for it; {OFFLINE_WAYS_OUT}")
+            raise InputError(f"{name}: timm has no pretrained weights for it; {WAYS_OUT}")
         if _cached_file(cfg) is None:
-            _require_reachable(name, cfg)
+            require_answer(name, huggingface_hub.constants.ENDPOINT if cfg.hf_hub_id else str(cfg.url))
     elif weights != "none":
         _require_file(Path(weights))
 
@@ -90,7 +85,7 @@ def _pretrained(name: str, classes: int) -> LoadedModel:
             model = create(name, classes, pretrained=True, pretrained_cfg_overlay=overlay)
         except (OSError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{name}: pretrained weights cannot be had ({reason}); {OFFLINE_WAYS_OUT}") from error
+            raise InputError(f"{name}: pretrained weights cannot be had ({reason}); {WAYS_OUT}") from error
     return LoadedModel(model, name, "pretrained", new_head=classes != cfg.num_classes)
 
 
@@ -102,34 +97,6 @@ def _cached_file(cfg: Any) -> str | None:
         if isinstance(found, str):
             return found
     return None
-
-
-def _require_reachable(name: str, cfg: Any) -> None:
-    url = f"{huggingface_hub.constants.ENDPOINT}/{cfg.hf_hub_id}" if cfg.hf_hub_id else str(cfg.url)
-    offline = huggingface_hub.constants.is_offline_mode()
-    if offline or not _answers(url):
-        why = "HF_HUB_OFFLINE is set" if offline else f"no answer from {url.split('/')[2]} in {PROBE_SECONDS:.0f} s"
-        raise InputError(f"{name}: pretrained weights are not in the local cache and {why}; {OFFLINE_WAYS_OUT}")
-
-
-def _answers(url: str) -> bool:
-    """Whether a server answers at all, whatever it says. In a thread, since name resolution knows no time-out."""
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:
-            answered.set()  # gated or moved: the library that downloads will say what is wrong
-        except (OSError, ValueError):
-            return
-        else:
-            answered.set()
-
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(PROBE_SECONDS)
-    return answered.is_set()
 
 
 @contextlib.contextmanager

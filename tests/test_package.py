@@ -14,7 +14,7 @@ import siman_convert
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "siman_convert"
 ORDER = [
-    "errors", "files", "binarize", "bits", "layers", "environment", "recipe", "trace", "plans", "surgery", "costs",
+    "errors", "hub", "files", "binarize", "bits", "layers", "environment", "recipe", "trace", "plans", "surgery", "costs",
     "model_table", "data", "onnx_op", "runtime", "metrics", "models", "runs", "calibrate", "train", "conversion", "cli",
 ]  # fmt: skip
 

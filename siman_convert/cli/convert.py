@@ -1,5 +1,6 @@
 """`siman convert`: the flags, and the two ways to start: a new run, or `--resume`."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -92,49 +93,63 @@ def convert(
 
     Ctrl-C stops cleanly and prints the command that goes on.
     """
-    from siman_convert.cli.terminal import Terminal
-    from siman_convert.conversion import Options, Result
-    from siman_convert.conversion import convert as start
-    from siman_convert.conversion import resume as go_on
     from siman_convert.errors import InputError
     from siman_convert.recipe import Recipe, load_recipe, parse_assignments
-    from siman_convert.runs import find_run
-    from siman_convert.train import Interrupted
 
     flags = {
         name: value for name, value in ctx.params.items() if name in Recipe.model_fields and value not in (None, [])
     }
     overrides = {**parse_assignments(assignments), **flags}
+    if resume is None:
+        if model is None:
+            raise InputError("name a model to convert, for example `siman convert resnet18 --data PATH`")
+        wanted = load_recipe(recipe or "finetune", overrides)
+        if weights == "pretrained":
+            _require_weights_in_reach(model, data)
+
+    from siman_convert.cli.terminal import Terminal  # from here on torch: everything above answers at once
+    from siman_convert.conversion import Options
+    from siman_convert.conversion import convert as start
+    from siman_convert.conversion import resume as go_on
+    from siman_convert.runs import find_run
+    from siman_convert.train import Interrupted
+
     options = Options(output, experiment, device, workers, save_every, dry_run)
     with Terminal(quiet=as_json) as terminal:
         try:
-            if resume is not None:
-                run = find_run(None if resume == "last" else resume, output)
-                _refuse_changes(run, model, data, recipe, overrides)
-                result: Result | None = go_on(run, options=options, watcher=terminal)
-            elif model is None:
-                raise InputError("name a model to convert, for example `siman convert resnet18 --data PATH`")
-            else:
-                wanted = load_recipe(recipe or "finetune", overrides)
+            if resume is None:
+                assert model is not None
                 result = start(
                     model, data or "digits", recipe=wanted, weights=weights, options=options, watcher=terminal
                 )
+            else:
+                run = find_run(None if resume == "last" else resume, output)
+                _refuse_changes(run, model, data, recipe, overrides)
+                result = go_on(run, options=options, watcher=terminal)
         except Interrupted as error:
             raise Interrupted(f"{error}; go on with: {terminal.resume_command()}") from None
-    if result is None:
+    if as_json:
+        print_json({"dry_run": True} if result is None else {**vars(result), "run": str(result.run)})
+    elif result is None:
         terminal.say("dry run: nothing was written")
-    elif as_json:
-        print_json({**vars(result), "run": str(result.run)})
     else:
         _print_result(result)
+
+
+def _require_weights_in_reach(model: str, data: str | None) -> None:
+    """Say within seconds that pretrained weights cannot be had; what else is wrong is reported first, after the imports."""
+    from siman_convert.hub import require_weights_in_reach
+    from siman_convert.model_table import read_table
+
+    known = model.partition(".")[0] in {row["name"] for row in read_table()}
+    if known and (data is None or "/" not in data or Path(data).exists()):
+        require_weights_in_reach(model)
 
 
 def _refuse_changes(
     run: Any, model: str | None, data: str | None, recipe: str | None, overrides: dict[str, Any]
 ) -> None:
     """A resumed run keeps its model, data and recipe: asking for another is an error that names what differs."""
-    from pathlib import Path
-
     from siman_convert.errors import InputError
     from siman_convert.recipe import build_recipe, read_recipe_fields
 
