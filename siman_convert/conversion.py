@@ -116,6 +116,7 @@ def convert(
     with _one_line_errors(recipe), stopping_on_signals(watcher) as stop:
         require_known(model)
         accelerator = _accelerator(recipe, options.device)
+        watcher = watcher if accelerator.is_main_process else Silent()
         _report_environment(accelerator, watcher)
         job = _check(model, data, recipe, weights, watcher)
         _report_duration(job, accelerator.device, watcher)
@@ -130,8 +131,11 @@ def resume(run: Run, *, options: Options | None = None, watcher: Watcher | None 
     options, watcher = options or Options(), watcher or Silent()
     recipe, info = run.recipe(), run.info()
     with _one_line_errors(recipe), stopping_on_signals(watcher) as stop:
-        run.publish()
         accelerator = _accelerator(recipe, options.device)
+        watcher = watcher if accelerator.is_main_process else Silent()
+        if accelerator.is_main_process:
+            run.publish()
+        accelerator.wait_for_everyone()
         _report_environment(accelerator, watcher)
         source = open_run_data(run)
         _report_data(source, watcher)
@@ -411,7 +415,10 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
         _require_device(device)
         os.environ["ACCELERATE_TORCH_DEVICE"] = device
     precision = {"float16": "fp16", "bfloat16": "bf16"}[recipe.amp_dtype] if recipe.amp else "no"
-    return Accelerator(cpu=device == "cpu", mixed_precision=precision, rng_types=[])
+    try:
+        return Accelerator(cpu=device == "cpu", mixed_precision=precision, rng_types=[])
+    except ValueError as error:  # this device cannot do that precision
+        raise InputError(f"--amp-dtype {recipe.amp_dtype}: {error}; leave out --amp, or use bfloat16") from error
 
 
 def _require_device(device: str) -> None:

@@ -201,6 +201,7 @@ class Phase:
         self.progress.publish = list(publish)
         with disk_errors(self.run.folder):
             self.accelerator.save_state(str(draft))
+            self.accelerator.wait_for_everyone()  # every process has written its generators' state
             if self.accelerator.is_main_process:
                 if self.progress.publish:
                     save_weights(self.evaluated_model, draft / EVALUATED)

@@ -215,6 +215,10 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "test_resnet", "--weights", "gone.pth"], "no weights file at gone.pth"),
         (["convert", "test_resnet", "--weights", "none", "--keep", "layer9.*"], "layer9.*"),
         (["convert", "test_resnet", "--weights", "none", "--device", "cuda:99"], "--device cuda:99: not usable here"),
+        (
+            ["convert", "test_resnet", "--weights", "none", "--amp", "--amp-dtype", "float16", "--device", "cpu"],
+            "use bfloat16",
+        ),
         (["convert", "--resume", "gone"], "no run at gone"),
         (["convert", "--epochz", "3"], "No such option"),
         (["eval", "gone"], "no run at gone"),
