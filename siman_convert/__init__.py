@@ -12,15 +12,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siman_convert.conversion import convert, evaluate, resume
+    from siman_convert.conversion import convert, resume
     from siman_convert.errors import InputError, MismatchError, SimanError
+    from siman_convert.evaluation import evaluate
     from siman_convert.plans import make_plan as plan
 
 __all__ = ["InputError", "MismatchError", "SimanError", "convert", "evaluate", "plan", "resume"]
 
 _HOMES = {  # public name -> module and name there
     "convert": ("conversion", "convert"),
-    "evaluate": ("conversion", "evaluate"),
+    "evaluate": ("evaluation", "evaluate"),
     "plan": ("plans", "make_plan"),
     "resume": ("conversion", "resume"),
     "InputError": ("errors", "InputError"),

@@ -11,7 +11,7 @@ also runs on the meta device; a test holds that.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -25,7 +25,7 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 
 def standardize(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return z (C_out, n) and 1/std (C_out, 1) of each filter (paper, Sec. 3.3).
+    """Return z (C_out, n) and 1/std (C_out, 1) of each filter.
 
     A filter of one element has no unbiased variance; its variance counts as 0. Two passes, not `var_mean`: 3 times faster.
     """
@@ -42,7 +42,7 @@ def standardize_backward(grad_z: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
 
 
 def half_bits(magnitudes: Tensor) -> Tensor:
-    """Bits (C_out, n) of the high-magnitude half: 1 where |z| exceeds the filter's lower median (paper, Eq. 13).
+    """Bits (C_out, n) of the high-magnitude half: 1 where |z| exceeds the filter's lower median.
 
     The comparison is strict: elements tied with the median are all 0, so ties leave fewer than floor(n/2) ones.
     """
@@ -50,7 +50,7 @@ def half_bits(magnitudes: Tensor) -> Tensor:
 
 
 def analytic_bits(magnitudes: Tensor) -> Tensor:
-    """Bits (C_out, n) that maximise cos(b, |z|) over b in {0, 1}^n: the k* largest are 1 (paper, Theorem 1).
+    """Bits (C_out, n) that maximise cos(b, |z|) over b in {0, 1}^n: the k* largest are 1 (the paper's closed form).
 
     k* = argmax_k sum_{i<=k} |z|_(i) / sqrt(k) with |z| sorted in descending order; O(n log n).
     """
@@ -67,7 +67,7 @@ BITS: dict[Selection, Callable[[Tensor], Tensor]] = {"half": half_bits, "analyti
 def clip_magnitudes(rows: Tensor, percent: float) -> Tensor:
     """Centre each filter, then clamp all magnitudes of the layer into [P_percent, P_(100-percent)], keeping signs.
 
-    Small magnitudes are raised, large ones lowered (paper, Sec. 3.4, as the authors' implementation does it: centred per
+    Small magnitudes are raised, large ones lowered (as the authors' implementation does it: centred per
     filter, percentiles over the whole layer, linear interpolation). `percent` is in [0, 50); at 0 only the centring remains.
     """
     if not 0 <= percent < 50:
@@ -84,39 +84,37 @@ def percentiles(values: Tensor, percents: tuple[float, ...]) -> list[Tensor]:
     `torch.quantile` refuses more than 16 million elements and sorts them. On an accelerator a sort is fast and nothing waits
     for the host; on a CPU selecting among the few candidates that a sample leaves is tens of times faster than sorting.
     """
-    select = _select_on_cpu if values.device.type == "cpu" else _select_by_sorting
     positions = [percent / 100 * (values.numel() - 1) for percent in percents]
-    results = []
-    for position in positions:
-        below, above = select(values, math.floor(position))
-        results.append(below + (position - math.floor(position)) * (above - below))
-    return results
+    select = _select_on_cpu if values.device.type == "cpu" else _select_by_sorting
+    around = select(values, [math.floor(position) for position in positions])
+    return [
+        below + (position - math.floor(position)) * (above - below)
+        for position, (below, above) in zip(positions, around, strict=True)
+    ]
 
 
-def _select_by_sorting(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The order statistics of 0-based `rank` and of the next (of the same, where it is the last)."""
+def _select_by_sorting(values: Tensor, ranks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """The order statistics of each 0-based rank and of the next (of the same, where it is the last)."""
     ordered = values.sort().values
-    return ordered[rank], ordered[min(rank + 1, values.numel() - 1)]
+    return [(ordered[rank], ordered[min(rank + 1, values.numel() - 1)]) for rank in ranks]
 
 
-def _select_on_cpu(values: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _select_on_cpu(values: Tensor, ranks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
     """As `_select_by_sorting`, sorting only what lies between two bounds that a sample suggests and a count confirms."""
-    count = values.numel()
-    sample = values[:: max(1, count // SAMPLE) | 1].sort().values
-    share, size = rank / count, sample.numel()
+    sample = values[:: max(1, values.numel() // SAMPLE) | 1].sort().values
+    return [_select_near(values, sample, rank) for rank in ranks]
+
+
+def _select_near(values: Tensor, sample: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    share, size = rank / values.numel(), sample.numel()
     margin = 4 * math.sqrt(share * (1 - share) * size) + 2  # four standard deviations of the sample's rank
     low, high = math.floor(share * size - margin), math.ceil(share * size + margin)
-    if low <= 0 or high >= size:
-        return _select_between(values, values, 0, rank)
-    inside = values[(values >= sample[low]) & (values <= sample[high])]
-    return _select_between(values, inside, int((values < sample[low]).sum()), rank)
-
-
-def _select_between(values: Tensor, inside: Tensor, before: int, rank: int) -> tuple[Tensor, Tensor]:
-    """Select in `inside`, the elements of `values` after the smallest `before`; in all of them where it misses the rank."""
-    if not before <= rank < before + inside.numel() - 1:
-        inside, before = values, 0
-    return _select_by_sorting(inside, rank - before)
+    if low > 0 and high < size:
+        inside = values[(values >= sample[low]) & (values <= sample[high])]
+        before = int((values < sample[low]).sum())
+        if before <= rank < before + inside.numel() - 1:
+            return _select_by_sorting(inside, [rank - before])[0]
+    return _select_by_sorting(values, [rank])[0]
 
 
 def remap_rows(rows: Tensor) -> Tensor:
@@ -157,5 +155,5 @@ def projection_scale(rows: Tensor, bits: Tensor) -> Tensor:
 
 
 def clip_percent(epoch: int, epochs: int, start: float = 15.0) -> float:
-    """The clip of an epoch, in percent: start * (1 - epoch/epochs), falling linearly (paper, Sec. 3.4; the authors' 15)."""
+    """The clip of an epoch, in percent: start * (1 - epoch/epochs), falling linearly (15 in the paper)."""
     return start * (1.0 - epoch / epochs)

@@ -3,7 +3,7 @@
 A binary layer's output has another scale than the convolution it replaced, and every statistic behind it is stale.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -27,7 +27,7 @@ class _Moments:
 
     @classmethod
     def zero(cls, channels: int, device: torch.device) -> "_Moments":
-        y, o, yo, oo = torch.zeros(4, channels, dtype=_widest(device), device=device)
+        y, o, yo, oo = torch.zeros(4, channels, dtype=torch.float64, device=device)
         return cls(0.0, y, o, yo, oo)
 
     def add(self, y: Tensor, o: Tensor) -> None:
@@ -60,7 +60,7 @@ def fit_scales(full_precision: nn.Module, binary: nn.Module, batches: Iterable[T
         _set_scale(layer, moments[name])
 
 
-def _recorder(layer: SiMaNConv2d, moments: _Moments):  # type: ignore[no-untyped-def]
+def _recorder(layer: SiMaNConv2d, moments: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         moments.add(output, layer.unscaled(inputs[0]))
 
@@ -108,7 +108,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
-
-
-def _widest(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64

@@ -17,3 +17,9 @@ class MismatchError(SimanError):
     """`verify` found two backends that disagree beyond the stated bounds; exits with 3."""
 
     exit_code = 3
+
+
+class Interrupted(SimanError):  # noqa: N818  nothing went wrong: what was asked for was done
+    """A run was asked to stop; the message says what is saved. Exits with 130."""
+
+    exit_code = 130

@@ -56,7 +56,7 @@ def disk_errors(place: Path) -> Iterator[None]:
         reason = _disk_reason(error)
         if reason is None:
             raise
-        raise SimanError(f"{place}: {reason}; what was saved before is intact, make room and resume") from error
+        raise SimanError(f"{place}: {reason}; nothing that was written before is lost") from error
 
 
 def _disk_reason(error: Exception) -> str | None:

@@ -123,7 +123,7 @@ class SiMaNConv2d(nn.Conv2d):
 
 
 class BinarizeWeight(torch.autograd.Function):
-    """w (C_out, n) -> 2b - 1, straight-through with respect to |z| (paper, Eq. 16; d(2b - 1)/d|z| := 1)."""
+    """w (C_out, n) -> 2b - 1, straight-through with respect to |z|: d(2b - 1)/d|z| := 1."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, selection: Selection) -> Tensor:

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def read_table() -> list[Row]:
-    """The shipped rows: name, convolutions, binarized."""
+    """The shipped rows: name, convolutions, binarized, timm_hub (see `has_weights_on_timm_hub`)."""
     text = (importlib.resources.files("siman_convert") / FILE).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
@@ -47,7 +47,16 @@ def make_row(name: str) -> Row:
     with torch.device("meta"):
         model = timm.create_model(name)
     plan = make_plan(model, name=name)
-    return {"name": name, "convolutions": len(plan.decisions), "binarized": len(plan.binarized)}
+    counts = {"convolutions": len(plan.decisions), "binarized": len(plan.binarized)}
+    return {"name": name, **counts, "timm_hub": has_weights_on_timm_hub(name)}
+
+
+def has_weights_on_timm_hub(name: str) -> bool:
+    """Whether the default pretrained weights of an architecture are in timm's own place on the hub."""
+    from timm.models import get_pretrained_cfg
+
+    cfg = get_pretrained_cfg(name)
+    return cfg is not None and cfg.has_weights and (cfg.hf_hub_id or "").startswith("timm/")
 
 
 def regenerate(path: Path) -> None:

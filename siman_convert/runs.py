@@ -11,13 +11,18 @@ former state counts, after it the new one. Weights and metrics.jsonl are publish
 kill in between is mended by publishing again on resume. The parent folder's `last` names the newest run.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter, ValidationError
 
 from siman_convert.errors import InputError
 from siman_convert.files import TEMPORARY_PREFIX, flush_to_disk, replacing, write_json, write_text
@@ -25,6 +30,7 @@ from siman_convert.plans import Plan
 from siman_convert.recipe import Recipe, build_recipe, parse_recipe
 
 Record = dict[str, Any]
+T = TypeVar("T")
 FORMAT = 1  # of run.json and the state; raised when a reader of the old one would be wrong
 MAX_JSON_BYTES = 64 << 20  # class names of the largest data sets fit many times over
 EVALUATED = "evaluated.safetensors"  # in a state: the weights whose metrics the last record holds
@@ -64,6 +70,7 @@ class Progress:
     history: list[Record] = field(default_factory=list)
     bad_images: dict[str, str] = field(default_factory=dict)
     publish: list[str] = field(default_factory=list)  # final names that `evaluated` gets
+    processes: int = 1  # that trained; the position within an epoch means nothing to another number
 
     def top1(self, phase: str) -> float | None:
         """The newest top-1 of a phase, percent."""
@@ -79,6 +86,8 @@ class Run:
     @classmethod
     def create(cls, output: Path, name: str, info: RunInfo, recipe: Recipe, plan: Plan, environment: Record) -> "Run":
         """A new folder `output/name` (`-2`, `-3` ... where taken), visible under its name only when complete."""
+        if Path(name).name != name or name.startswith("."):
+            raise InputError(f"{name!r} cannot name a run folder: expected a plain name without slashes")
         output.mkdir(parents=True, exist_ok=True)
         draft = cls(output / f"{TEMPORARY_PREFIX}{name}-{os.getpid()}")
         shutil.rmtree(draft.folder, ignore_errors=True)
@@ -96,15 +105,11 @@ class Run:
         return self.folder.name
 
     def info(self) -> RunInfo:
-        values = _read_json(self.folder / "run.json")
+        path = self.folder / "run.json"
+        values = _read_json(path)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise InputError(
-                f"{self.folder / 'run.json'}: not a run of format {FORMAT}; was it written by a newer siman?"
-            )
-        try:
-            return RunInfo(**{**values, "classes": tuple(values["classes"])})
-        except (TypeError, KeyError) as error:
-            raise InputError(f"{self.folder / 'run.json'}: malformed: {error}") from None
+            raise InputError(f"{path}: not a run of format {FORMAT}; was it written by a newer siman?")
+        return _validated(RunInfo, values, path)
 
     def recipe(self) -> Recipe:
         path = self.folder / "recipe.yaml"
@@ -144,10 +149,26 @@ class Run:
         state = self.state()
         if state is None:
             return Progress()
+        path = state / "progress.json"
+        return _validated(Progress, _read_json(path), path)
+
+    @contextlib.contextmanager
+    def locked(self, wanted: bool = True) -> Iterator[None]:
+        """Hold the run while it is trained; InputError where another process does. A killed process lets go of it."""
+        if not wanted:
+            yield
+            return
+        lock = FileLock(self.folder / ".lock")
         try:
-            return Progress(**_read_json(state / "progress.json"))
-        except TypeError as error:
-            raise InputError(f"{state / 'progress.json'}: malformed: {error}") from None
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(
+                f"{self.folder} is being trained by another process; wait for it, or stop it first"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     def draft_state(self) -> Path:
         """Where the next state is to be written before `commit`; the same path in every process."""
@@ -245,6 +266,14 @@ def _read(path: Path) -> str:
         raise InputError(f"{path} is missing; is {path.parent} a run folder?") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
+
+
+def _validated(kind: type[T], values: Any, path: Path) -> T:
+    try:
+        return TypeAdapter(kind).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InputError(f"{path}: malformed: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
 
 
 def _read_json(path: Path) -> Any:

@@ -1,8 +1,7 @@
 """The one training loop, for the full-precision phase and the binary phase alike; the only owner of an optimizer.
 
-What a step computes depends on the recipe, the seed and the position (phase, epoch, step) alone, so that a resumed run goes
-on bit for bit as an uninterrupted one would: data order and augmentation are seeded by position, the other generators at the
-start of an epoch, and a state saved within an epoch holds those too.
+What a step computes depends on weights, recipe and position (phase, epoch, step, process) alone, so that a resumed run goes
+on bit for bit as an uninterrupted one would: data order, augmentation and all other generators are seeded from the position.
 """
 
 import contextlib
@@ -13,12 +12,14 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from pickle import UnpicklingError
+from typing import Any, Literal, cast
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from safetensors import SafetensorError
 from timm.scheduler import CosineLRScheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -26,47 +27,18 @@ from torchvision.transforms import v2
 
 from siman_convert.binarize import clip_percent
 from siman_convert.data import AnySplit, BadRecord, Batch, Transform, eval_loader, iterate, train_loader
-from siman_convert.errors import InputError, SimanError
+from siman_convert.errors import InputError, Interrupted, SimanError
 from siman_convert.files import disk_errors
+from siman_convert.guards import Stop
 from siman_convert.metrics import Metrics, evaluate_model
 from siman_convert.recipe import Recipe
 from siman_convert.runs import EVALUATED, Progress, Record, Run
 from siman_convert.surgery import binary_layers
+from siman_convert.watch import Meter, Watcher
 
 PhaseName = Literal["full-precision", "binary"]
+EMA = "ema.safetensors"  # in a state
 CHECK_STEPS = 20  # on an accelerator the loss is read this often: every reading waits for the device
-
-
-class Watcher(Protocol):
-    """What hears of a run's progress; the command line prints it."""
-
-    def stage(self, number: int, title: str, text: str) -> None: ...
-    def start_run(self, folder: Path) -> None: ...
-    def start_epoch(self, phase: str, epoch: int, epochs: int, steps: int, done: int) -> None: ...
-    def step(self, done: int, loss: float, top1: float, lr: float) -> None: ...
-    def start_evaluation(self, images: int) -> None: ...
-    def evaluated(self, images: int) -> None: ...
-    def end_epoch(self, record: Record, epochs: int) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-class Silent:
-    """A watcher that prints nothing."""
-
-    def stage(self, number: int, title: str, text: str) -> None: ...
-    def start_run(self, folder: Path) -> None: ...
-    def start_epoch(self, phase: str, epoch: int, epochs: int, steps: int, done: int) -> None: ...
-    def step(self, done: int, loss: float, top1: float, lr: float) -> None: ...
-    def start_evaluation(self, images: int) -> None: ...
-    def evaluated(self, images: int) -> None: ...
-    def end_epoch(self, record: Record, epochs: int) -> None: ...
-    def note(self, text: str) -> None: ...
-
-
-class Interrupted(SimanError):  # noqa: N818  it is no error: what was asked for was done
-    """The run was asked to stop and has saved its state; nothing is lost."""
-
-    exit_code = 130
 
 
 @dataclass(frozen=True)
@@ -79,13 +51,6 @@ class Data:
     eval_transform: Transform
     classes: int
     workers: int
-
-
-@dataclass
-class Stop:
-    """Set from a signal handler; the loop looks at it after every step."""
-
-    requested: bool = False
 
 
 class TrainingStep(nn.Module):
@@ -103,7 +68,7 @@ class TrainingStep(nn.Module):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay 0 on every parameter of the binary layers, alpha and bias included; `weight_decay` elsewhere.
 
-    l2 pulls latent weights to a Gaussian; without it they tend to a Laplacian, whose bits carry more (paper, Sec. 3.4).
+    l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there.
     """
     binary = {id(p) for layer in binary_layers(model).values() for p in layer.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -153,8 +118,7 @@ class Phase:
         step = TrainingStep(self.model, nn.CrossEntropyLoss(label_smoothing=recipe.smoothing))
         self.module, self.optimizer = accelerator.prepare(step, optimizer)
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
-        if self.ema:
-            accelerator.register_for_checkpointing(self.ema)
+        self.progress.processes = accelerator.num_processes
         self.saved_at = time.monotonic()
 
     @property
@@ -163,8 +127,16 @@ class Phase:
         return cast(nn.Module, self.ema.module) if self.ema else self.model
 
     def restore(self, state: Path) -> None:
-        """Bring model, optimizer, generators, EMA and loss scale back to a committed state."""
-        self.accelerator.load_state(str(state))
+        """Bring model, optimizer, loss scale and EMA back to a committed state; nothing in it can run code."""
+        try:
+            self.accelerator.load_state(str(state))
+            if self.ema:
+                self.ema.module.load_state_dict(safetensors.torch.load_file(state / EMA))
+        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, UnpicklingError) as error:
+            reason = " ".join(str(error).split())[:160]
+            raise InputError(
+                f"{state}: damaged, it cannot be resumed ({reason}); the published weights are intact"
+            ) from error
 
     def train(self) -> None:
         """Train, evaluate and commit epoch after epoch until the phase is complete."""
@@ -203,6 +175,8 @@ class Phase:
             self.accelerator.save_state(str(draft))
             self.accelerator.wait_for_everyone()  # every process has written its generators' state
             if self.accelerator.is_main_process:
+                if self.ema:
+                    save_weights(self.ema.module, draft / EMA)
                 if self.progress.publish:
                     save_weights(self.evaluated_model, draft / EVALUATED)
                 self.run.commit(draft, self.progress)
@@ -226,7 +200,7 @@ class Phase:
     def stop_if_asked(self) -> None:
         """Save and raise Interrupted when a signal asked for it."""
         if self._agreed(self.stop.requested):
-            self.commit()
+            self._commit_within_epoch()
             raise Interrupted(
                 f"stopped in {self.name} epoch {self.progress.epoch + 1}, step {self.progress.step}; all saved"
             )
@@ -234,13 +208,13 @@ class Phase:
     def _train_epoch(self) -> None:
         progress = self.progress
         if progress.step == 0:
-            set_seed(_position_seed(self.recipe.seed, self.name, progress.epoch, self.accelerator.process_index))
             progress.sums = {"loss": 0.0, "correct": 0.0, "images": 0.0, "steps": 0.0, "seconds": 0.0}
         meter = Meter(progress.sums)
         self.module.train()
         self.watcher.start_epoch(self.name, progress.epoch, self.epochs, self.steps, progress.step)
         micro_batches = self._batches()
         while group := list(itertools.islice(micro_batches, self.recipe.grad_accum_steps)):
+            set_seed(_position_seed(self.recipe.seed, self.name, progress, self.accelerator.process_index))
             self._step(group, meter)
             progress.step += 1
             if self.accelerator.device.type == "cpu" or progress.step % CHECK_STEPS == 0 or progress.step == self.steps:
@@ -256,11 +230,17 @@ class Phase:
         self.watcher.step(progress.step, meter.loss, meter.top1, self.optimizer.param_groups[0]["lr"])
         self.stop_if_asked()
         if self.save_every is not None and self._agreed(time.monotonic() - self.saved_at > 60 * self.save_every):
-            self.commit()
+            self._commit_within_epoch()
+
+    def _commit_within_epoch(self) -> None:
+        """Commit, but never weights that the last update has ruined: the state before would be lost to them."""
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise SimanError(f"the weights are not finite after step {self.progress.step}; {self._last_good()}")
+        self.commit()
 
     def _batches(self) -> Iterator[Batch]:
         recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
-        start = progress.step * recipe.grad_accum_steps
+        start = min(progress.step * recipe.grad_accum_steps, self.batches)
         loader = train_loader(
             self.data.train,
             self.data.train_transform,
@@ -306,6 +286,8 @@ class Phase:
 
     def _finish_epoch(self) -> None:
         progress, sums = self.progress, self.progress.sums
+        if not sums["steps"]:
+            raise InputError(f"{self.name} epoch {progress.epoch + 1} had no training image; check the data")
         metrics = self.evaluate()
         record = {
             "phase": self.name,
@@ -353,48 +335,6 @@ class Phase:
         return f"the weights saved before are kept in {self.run.folder}; try a lower --lr, or --warmup-epochs"
 
 
-class Meter:
-    """Running totals of an epoch's training, kept on the device until `flush` reads them."""
-
-    def __init__(self, sums: dict[str, float]) -> None:
-        self._sums = sums
-        self._pending: list[tuple[Tensor, Tensor, int]] = []  # loss, correct, images of each step
-        self._since = time.perf_counter()
-
-    def add(self, loss: Tensor, logits: Tensor, targets: Tensor, *, new_step: bool) -> None:
-        """Add a micro-batch; `loss` is already weighted by its share of the step."""
-        entry = (loss, (logits.argmax(dim=1) == targets).sum(), len(targets))
-        if not new_step:
-            before = self._pending.pop()
-            entry = (before[0] + entry[0], before[1] + entry[1], before[2] + entry[2])
-        self._pending.append(entry)
-
-    def flush(self) -> int | None:
-        """Read what is pending; returns the number (from 0) of the first step whose loss is not finite."""
-        sums = self._sums
-        for loss, correct, images in self._pending:
-            value = loss.item()
-            if not math.isfinite(value):
-                return int(sums["steps"])
-            for key, amount in (("loss", value), ("correct", correct.item()), ("images", images), ("steps", 1)):
-                sums[key] += amount
-        self._pending.clear()
-        now = time.perf_counter()
-        sums["seconds"] += now - self._since
-        self._since = now
-        return None
-
-    @property
-    def loss(self) -> float:
-        """Mean loss of the epoch so far."""
-        return self._sums["loss"] / max(1.0, self._sums["steps"])
-
-    @property
-    def top1(self) -> float:
-        """Training top-1 of the epoch so far, percent."""
-        return 100 * self._sums["correct"] / max(1.0, self._sums["images"])
-
-
 def save_weights(model: nn.Module, path: Path) -> None:
     """The state_dict as safetensors; tensors that share memory are stored each."""
     safetensors.torch.save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, path)
@@ -403,9 +343,8 @@ def save_weights(model: nn.Module, path: Path) -> None:
 def _trainable_batches(images: int, batch_size: int, world: int) -> int:
     """Batches an epoch. A last batch of one image is left out: BatchNorm cannot normalise a single 1x1 map."""
     per_process = math.ceil(images / world)
-    return math.ceil(per_process / batch_size) - (
-        1 if per_process % batch_size == 1 and per_process > 1 < batch_size else 0
-    )
+    batches = math.ceil(per_process / batch_size)
+    return batches - 1 if batches > 1 and per_process % batch_size == 1 else batches
 
 
 def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, steps: int) -> CosineLRScheduler:
@@ -432,7 +371,7 @@ def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Te
     return v2.RandomChoice(kinds) if kinds else None
 
 
-def _position_seed(seed: int, phase: PhaseName, epoch: int, rank: int) -> int:
-    """32 bits that differ for every (seed, phase, epoch, rank)."""
-    text = f"{seed} {phase} {epoch} {rank}"
+def _position_seed(seed: int, phase: PhaseName, progress: Progress, rank: int) -> int:
+    """32 bits that differ for every (seed, phase, epoch, step, rank)."""
+    text = f"{seed} {phase} {progress.epoch} {progress.step} {rank}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

@@ -41,7 +41,7 @@ def test_the_run_folder_is_complete(finished: Run) -> None:
     names = {path.name for path in finished.folder.iterdir()}
     assert names == {
         "run.json", "recipe.yaml", "plan.json", "environment.json", "metrics.jsonl", "state",
-        "full-precision.safetensors", "best.safetensors", "last.safetensors",
+        "full-precision.safetensors", "best.safetensors", "last.safetensors", ".lock",
     }  # fmt: skip
     assert (finished.folder.parent / "last").read_text() == "one\n"
     records = [(record["phase"], record["epoch"]) for record in finished.metrics()]
@@ -183,7 +183,7 @@ def test_recipes_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_models_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert siman(["models", "resnet1*", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
-    assert rows["resnet18"] == {"name": "resnet18", "convolutions": 20, "binarized": 16}
+    assert rows["resnet18"] == {"name": "resnet18", "convolutions": 20, "binarized": 16, "timm_hub": True}
     assert siman(["models", "resnett18"]) == 2
     assert "did you mean resnet18" in last_line(capsys)
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "siman_convert"
 ORDER = [
     "errors", "hub", "files", "binarize", "bits", "layers", "environment", "recipe", "trace", "plans", "surgery", "costs",
-    "model_table", "data", "onnx_op", "runtime", "metrics", "models", "runs", "calibrate", "train", "conversion", "cli",
+    "model_table", "data", "guards", "onnx_op", "runtime", "metrics", "models", "runs", "watch", "calibrate", "train",
+    "evaluation", "inspection", "duration", "preparation", "conversion", "cli",
 ]  # fmt: skip
 
 

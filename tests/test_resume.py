@@ -103,8 +103,8 @@ def test_ctrl_c_stops_cleanly_and_names_the_command_that_resumes(
         assert process.wait(timeout=60) == 130
     (line,) = errors.splitlines()
     resume = line.partition("go on with: ")[2]
-    assert resume == f"siman convert --resume {shlex.quote(str(tmp_path / 'run'))}"
-    subprocess.run([*SIMAN, *shlex.split(resume)[1:], "--device", "cpu"], check=True, capture_output=True, timeout=300)
+    assert resume == f"siman convert --resume {shlex.quote(str(tmp_path / 'run'))} --device cpu"
+    subprocess.run([*SIMAN, *shlex.split(resume)[1:]], check=True, capture_output=True, timeout=300)
     assert outcome(Run(tmp_path / "run")) == outcome(uninterrupted)
 
 

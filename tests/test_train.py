@@ -12,7 +12,8 @@ from siman_convert.errors import InputError
 from siman_convert.layers import SiMaNConv2d
 from siman_convert.metrics import evaluate_model
 from siman_convert.recipe import Recipe
-from siman_convert.train import Meter, _schedule, _trainable_batches, make_optimizer, parameter_groups
+from siman_convert.train import _schedule, _trainable_batches, make_optimizer, parameter_groups
+from siman_convert.watch import Meter
 
 CPU = torch.device("cpu")
 

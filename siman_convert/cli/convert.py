@@ -1,11 +1,17 @@
 """`siman convert`: the flags, and the two ways to start: a new run, or `--resume`."""
 
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from siman_convert.cli.common import RUNS, Device, Json, Output, Workers, megabytes, percent, print_json
+
+if TYPE_CHECKING:
+    from siman_convert.cli.terminal import Terminal
+    from siman_convert.conversion import Result
+    from siman_convert.runs import Run
 
 START, TRAIN, DATA, MACHINE = (
     "What to convert",
@@ -38,11 +44,11 @@ def convert(
     ] = None,
     assignments: Annotated[list[str], _option("--set", panel=START, help="key=value of any recipe field.")] = [],
     weights: Annotated[
-        str,
+        str | None,
         _option(
-            "--weights", "--initial-checkpoint", panel=START, help="pretrained, none, or a .safetensors or .pth file."
+            "--weights", "--initial-checkpoint", panel=START, help="pretrained (the default), none, or a weights file."
         ),
-    ] = "pretrained",
+    ] = None,
     resume: Annotated[
         str | None, _option("--resume", panel=START, help="Go on with this run; `last` is the newest.")
     ] = None,
@@ -93,18 +99,19 @@ def convert(
 
     Ctrl-C stops cleanly and prints the command that goes on.
     """
-    from siman_convert.errors import InputError
+    from siman_convert.errors import InputError, Interrupted
     from siman_convert.recipe import Recipe, load_recipe, parse_assignments
 
     flags = {
         name: value for name, value in ctx.params.items() if name in Recipe.model_fields and value not in (None, [])
     }
     overrides = {**parse_assignments(assignments), **flags}
+    named = {"model": model, "data": data, "weights": weights, "experiment": experiment}
     if resume is None:
         if model is None:
             raise InputError("name a model to convert, for example `siman convert resnet18 --data PATH`")
         wanted = load_recipe(recipe or "finetune", overrides)
-        if weights == "pretrained":
+        if weights in (None, "pretrained"):
             _require_weights_in_reach(model, data)
 
     from siman_convert.cli.terminal import Terminal  # from here on torch: everything above answers at once
@@ -112,7 +119,6 @@ def convert(
     from siman_convert.conversion import convert as start
     from siman_convert.conversion import resume as go_on
     from siman_convert.runs import find_run
-    from siman_convert.train import Interrupted
 
     options = Options(output, experiment, device, workers, save_every, dry_run)
     with Terminal(quiet=as_json) as terminal:
@@ -120,14 +126,19 @@ def convert(
             if resume is None:
                 assert model is not None
                 result = start(
-                    model, data or "digits", recipe=wanted, weights=weights, options=options, watcher=terminal
+                    model,
+                    data or "digits",
+                    recipe=wanted,
+                    weights=weights or "pretrained",
+                    options=options,
+                    watcher=terminal,
                 )
             else:
                 run = find_run(None if resume == "last" else resume, output)
-                _refuse_changes(run, model, data, recipe, overrides)
+                _refuse_changes(run, named, recipe, overrides)
                 result = go_on(run, options=options, watcher=terminal)
         except Interrupted as error:
-            raise Interrupted(f"{error}; go on with: {terminal.resume_command()}") from None
+            raise Interrupted(f"{error}; go on with: {_again(terminal, device, workers, save_every)}") from None
     if as_json:
         print_json({"dry_run": True} if result is None else {**vars(result), "run": str(result.run)})
     elif result is None:
@@ -136,37 +147,44 @@ def convert(
         _print_result(result)
 
 
+def _again(terminal: "Terminal", device: str, workers: int, save_every: float | None) -> str:
+    """The command that goes on, with the flags that are not part of the run."""
+    flags = [("--device", device, "auto"), ("-j", workers, 0), ("--save-every", save_every, None)]
+    return " ".join([terminal.resume_command(), *(f"{flag} {value}" for flag, value, usual in flags if value != usual)])
+
+
 def _require_weights_in_reach(model: str, data: str | None) -> None:
     """Say within seconds that pretrained weights cannot be had; what else is wrong is reported first, after the imports."""
     from siman_convert.hub import require_weights_in_reach
     from siman_convert.model_table import read_table
 
-    known = model.partition(".")[0] in {row["name"] for row in read_table()}
-    if known and (data is None or "/" not in data or Path(data).exists()):
+    on_timm_hub = {row["name"] for row in read_table() if row["timm_hub"]}
+    if model.partition(".")[0] in on_timm_hub and (data is None or "/" not in data or Path(data).exists()):
         require_weights_in_reach(model)
 
 
-def _refuse_changes(
-    run: Any, model: str | None, data: str | None, recipe: str | None, overrides: dict[str, Any]
-) -> None:
+def _refuse_changes(run: "Run", named: dict[str, str | None], recipe: str | None, overrides: dict[str, Any]) -> None:
     """A resumed run keeps its model, data and recipe: asking for another is an error that names what differs."""
     from siman_convert.errors import InputError
     from siman_convert.recipe import build_recipe, read_recipe_fields
 
     info, stored = run.info(), run.recipe().model_dump()
+    own = {"model": info.model, "data": info.data, "weights": info.weights, "experiment": run.name}
+    changes = [
+        f"{key} is {own[key]}, not {value}"
+        for key, value in named.items()
+        if value is not None and own[key] not in (value, os.path.abspath(Path(value).expanduser()))  # noqa: PTH100
+    ]
     asked = {**(read_recipe_fields(recipe) if recipe else {}), **overrides}
     wanted = build_recipe({**stored, **asked}, origin="--resume").model_dump()
-    changes = [f"{key} is {stored[key]}, not {wanted[key]}" for key in stored if stored[key] != wanted[key]]
-    if model is not None and model != info.model:
-        changes.insert(0, f"the model is {info.model}, not {model}")
-    if data is not None and data != info.data and str(Path(data).absolute()) != info.data:
-        changes.insert(0, f"the data is {info.data}, not {data}")
+    changes += [f"{key} is {stored[key]}, not {wanted[key]}" for key in stored if stored[key] != wanted[key]]
     if changes:
-        raise InputError(f"{run.folder} was started otherwise ({'; '.join(changes[:3])}); resume it without these, "
-                         "or start a new run")  # fmt: skip
+        raise InputError(
+            f"{run.folder} was started otherwise ({'; '.join(changes[:3])}); resume it without these, or start a new run"
+        )
 
 
-def _print_result(result: Any) -> None:
+def _print_result(result: "Result") -> None:
     size = f"{megabytes(result.bytes_before)} -> {megabytes(result.bytes_after)}"
     times = result.bytes_before / result.bytes_after
     print()

@@ -32,8 +32,8 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from siman_convert.conversion import evaluate as evaluate_run
     from siman_convert.errors import InputError
+    from siman_convert.evaluation import evaluate as evaluate_run
     from siman_convert.runs import find_run
 
     if last and full_precision:

@@ -20,7 +20,7 @@ def inspect(
     from rich.console import Console
 
     from siman_convert.cli.plan_table import inspect_record, render_plan
-    from siman_convert.conversion import inspect_model, inspect_run
+    from siman_convert.inspection import inspect_model, inspect_run
 
     run = next((path for path in (Path(model), output / model) if (path / "run.json").is_file()), None)
     if run is None:

@@ -237,8 +237,9 @@ def _options(workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group: the parent alone answers it and ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and a batch system's SIGTERM, reach the whole process group: the parent alone answers and ends its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
 
 
