@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from siman_convert.conversion import convert, resume
     from siman_convert.errors import InputError, MismatchError, SimanError
     from siman_convert.evaluation import evaluate
-    from siman_convert.plans import make_plan as plan
+    from siman_convert.inspection import plan
 
 __all__ = ["InputError", "MismatchError", "SimanError", "convert", "evaluate", "plan", "resume"]
 
 _HOMES = {  # public name -> module and name there
     "convert": ("conversion", "convert"),
     "evaluate": ("evaluation", "evaluate"),
-    "plan": ("plans", "make_plan"),
+    "plan": ("inspection", "plan"),
     "resume": ("conversion", "resume"),
     "InputError": ("errors", "InputError"),
     "MismatchError": ("errors", "MismatchError"),

@@ -30,7 +30,7 @@ from siman_convert.guards import Stop, one_line_errors, stopping_on_signals
 from siman_convert.models import require_known
 from siman_convert.preparation import Job, check_duration, check_environment, check_job, check_resumed_job
 from siman_convert.recipe import Recipe
-from siman_convert.runs import Progress, Run, RunInfo, run_name
+from siman_convert.runs import Progress, Run, RunInfo, require_usable, run_name
 from siman_convert.surgery import apply_plan
 from siman_convert.train import Phase, PhaseName
 from siman_convert.watch import Silent, Watcher
@@ -85,6 +85,7 @@ def convert(
     recipe, options, watcher = recipe or Recipe(), options or Options(), watcher or Silent()
     with one_line_errors(recipe.batch_size, recipe.grad_accum_steps), stopping_on_signals() as stop:
         require_known(model)
+        require_usable(options.output, options.experiment)
         accelerator = _accelerator(recipe, options.device)
         watcher = watcher if accelerator.is_main_process else Silent()
         check_environment(accelerator.device, accelerator.num_processes, watcher)

@@ -4,11 +4,28 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from siman_convert.costs import Costs, plan_costs
 from siman_convert.models import create, require_known
-from siman_convert.plans import Plan, make_plan
+from siman_convert.plans import Plan, Size, make_plan
 from siman_convert.runs import Run
+
+
+def plan(
+    model: str | nn.Module,
+    *,
+    input_size: Size | None = None,
+    keep: Sequence[str] = (),
+    binarize: Sequence[str] = (),
+) -> Plan:
+    """What would become binary in a timm model, given by name or as a module, and why; see `plans.make_plan`."""
+    if isinstance(model, nn.Module):
+        return make_plan(model, input_size=input_size, keep=keep, binarize=binarize)
+    require_known(model)
+    with torch.device("meta"):
+        module = create(model, None)
+    return make_plan(module, name=model, input_size=input_size, keep=keep, binarize=binarize)
 
 
 def inspect_model(
@@ -18,14 +35,14 @@ def inspect_model(
     require_known(name)
     with torch.device("meta"):
         model = create(name, classes)
-    plan = make_plan(model, name=name, keep=keep, binarize=binarize)
-    return plan, plan_costs(model, plan)
+    decided = make_plan(model, name=name, keep=keep, binarize=binarize)
+    return decided, plan_costs(model, decided)
 
 
 def inspect_run(folder: Path) -> tuple[Plan, Costs]:
     """The plan a run was made with and its costs."""
     run = Run(folder)
-    info, plan = run.info(), run.plan()
+    info, decided = run.info(), run.plan()
     with torch.device("meta"):
         model = create(info.model, len(info.classes))
-    return plan, plan_costs(model, plan)
+    return decided, plan_costs(model, decided)

@@ -47,7 +47,7 @@ class SiMaNConv2d(nn.Conv2d):
         if selection not in binarize.SELECTIONS:
             raise InputError(f"unknown bit selection {selection!r}; known: {', '.join(binarize.SELECTIONS)}")
         self.selection: Selection = selection
-        self.alpha = nn.Parameter(self._rows().detach().abs().mean(dim=1))
+        self.alpha = nn.Parameter(self._rows().detach().abs().mean(dim=1).to(self.weight.dtype))
 
     @classmethod
     def from_float(cls, conv: nn.Conv2d, init: Init = "remap", selection: Selection = "half") -> "SiMaNConv2d":
@@ -56,6 +56,10 @@ class SiMaNConv2d(nn.Conv2d):
         `remap` re-expresses the pretrained weights in magnitudes (`binarize.remap_rows`), alpha being their projection on
         the bits; `copy` takes them as they are, alpha = mean|w|, which loses their signs.
         """
+        if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
+            raise InputError(
+                f"SiMaNConv2d replaces an nn.Conv2d, not a {type(conv).__name__}, which convolves in its own way"
+            )
         if init not in INITS:
             raise InputError(f"unknown initialisation {init!r}; known: {', '.join(INITS)}")
         layer = cls(

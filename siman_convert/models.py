@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg
 from timm.models import load_state_dict as load_timm_state_dict
@@ -56,8 +57,11 @@ def create(name: str, classes: int | None, **kwargs: Any) -> nn.Module:
 
 def require_known(name: str) -> None:
     """Raise InputError with close matches unless timm knows the architecture (`resnet18` or `resnet18.a1_in1k`)."""
-    base, _, _ = name.partition(".")
+    base, _, tag = name.partition(".")
     if timm.is_model(base):
+        tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{base}.*")]
+        if tag and tag not in tags:
+            raise InputError(f"unknown weights {tag!r} of {base}; timm has {', '.join(tags) or 'none'}")
         return
     matches = difflib.get_close_matches(base, timm.list_models(), n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(matches)}?" if matches else "`siman models PATTERN` lists them"
@@ -134,13 +138,16 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = load_timm_state_dict(str(path), weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        reason = " ".join(str(error).split())[:160]
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise InputError(f"{path}: not a weights file that can be read safely ({reason})") from error
     except Exception as error:  # pickle's errors share no base class with the rest
         raise InputError(f"{path}: not a weights file that can be read safely ({type(error).__name__})") from error
     tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise InputError(f"{path}: holds no tensors; expected a state dict of the model")
+    ruined = [key for key, value in tensors.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if ruined:
+        raise InputError(f"{path}: {ruined[0]} holds values that are not finite; these weights cannot be used")
     return tensors
 
 
@@ -158,6 +165,8 @@ def _require_fit(path: Path, state: dict[str, Tensor], expected: dict[str, Tenso
     missing = sorted(key for key in expected.keys() - state.keys() if not key.endswith("num_batches_tracked"))
     extra = sorted(state.keys() - expected.keys())
     shapes = sorted(key for key in expected.keys() & state.keys() if expected[key].shape != state[key].shape)
+    if any(key.endswith(".alpha") for key in extra):
+        raise InputError(f"{path}: already a binary model of siman; expected full-precision weights")
     if missing or extra:
         raise InputError(
             f"{path} does not fit the model: {len(missing)} tensors missing{_first(missing)}, "

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from siman_convert.errors import InputError
 
@@ -84,7 +84,19 @@ class Recipe(BaseModel):
     aa: str | None = None  # timm's auto-augment string
     reprob: Share = 0.0  # random erasing
     no_aug: bool = False
-    max_bad_images: Share = 0.01  # share of unreadable images that is skipped; more is an error
+    max_bad_images: Share = 0.05  # share of unreadable images that is skipped (one always is); more is an error
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Recipe":
+        for name in ("scale", "ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name} goes from {low} down to {high}; expected the smaller first")
+        if 0 < self.epochs <= self.warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs {self.warmup_epochs} leave nothing of {self.epochs} epochs; expected fewer"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """All fields in order, as YAML that `parse_recipe` reads back to an equal recipe."""
@@ -128,7 +140,10 @@ def build_recipe(fields: Mapping[str, Any], origin: str) -> Recipe:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise InputError(f"{origin}: {place}: {first['msg']}, got {first['input']!r}") from None
+        what = (
+            f"{place}: {first['msg']}, got {first['input']!r}" if place else first["msg"].removeprefix("Value error, ")
+        )
+        raise InputError(f"{origin}: {what}") from None
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:

@@ -19,15 +19,17 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from siman_convert.errors import InputError
 from siman_convert.files import TEMPORARY_PREFIX, flush_to_disk, replacing, write_json, write_text
-from siman_convert.plans import Plan
 from siman_convert.recipe import Recipe, build_recipe, parse_recipe
+
+if TYPE_CHECKING:
+    from siman_convert.plans import Plan
 
 Record = dict[str, Any]
 T = TypeVar("T")
@@ -84,19 +86,21 @@ class Run:
         self.folder = folder
 
     @classmethod
-    def create(cls, output: Path, name: str, info: RunInfo, recipe: Recipe, plan: Plan, environment: Record) -> "Run":
+    def create(cls, output: Path, name: str, info: RunInfo, recipe: Recipe, plan: "Plan", environment: Record) -> "Run":
         """A new folder `output/name` (`-2`, `-3` ... where taken), visible under its name only when complete."""
-        if Path(name).name != name or name.startswith("."):
-            raise InputError(f"{name!r} cannot name a run folder: expected a plain name without slashes")
         output.mkdir(parents=True, exist_ok=True)
         draft = cls(output / f"{TEMPORARY_PREFIX}{name}-{os.getpid()}")
         shutil.rmtree(draft.folder, ignore_errors=True)
-        (draft.folder / "state").mkdir(parents=True)
-        write_json(draft.folder / "run.json", asdict(info))
-        write_json(draft.folder / "plan.json", plan.to_dict())
-        write_json(draft.folder / "environment.json", environment)
-        write_text(draft.folder / "recipe.yaml", recipe.to_yaml())
-        run = cls(_rename_to_free_name(draft.folder, output, name))
+        try:
+            (draft.folder / "state").mkdir(parents=True)
+            write_json(draft.folder / "run.json", asdict(info))
+            write_json(draft.folder / "plan.json", plan.to_dict())
+            write_json(draft.folder / "environment.json", environment)
+            write_text(draft.folder / "recipe.yaml", recipe.to_yaml())
+            run = cls(_rename_to_free_name(draft.folder, output, name))
+        except BaseException:
+            shutil.rmtree(draft.folder, ignore_errors=True)
+            raise
         write_text(output / "last", run.folder.name + "\n")
         return run
 
@@ -115,8 +119,14 @@ class Run:
         path = self.folder / "recipe.yaml"
         return build_recipe(parse_recipe(_read(path), str(path)), origin=str(path))
 
-    def plan(self) -> Plan:
-        return Plan.from_dict(_read_json(self.folder / "plan.json"))
+    def plan(self) -> "Plan":
+        from siman_convert.plans import Plan  # torch: `siman runs` does without
+
+        path = self.folder / "plan.json"
+        try:
+            return Plan.from_dict(_read_json(path))
+        except InputError as error:
+            raise InputError(f"{path}: malformed: {error}") from None
 
     def metrics(self) -> list[Record]:
         """The records of metrics.jsonl; empty where nothing was evaluated yet."""
@@ -132,9 +142,9 @@ class Run:
         """Path of the `best`, `last` or `full-precision` weights."""
         path = self.folder / f"{which}.safetensors"
         if not path.is_file():
-            raise InputError(
-                f"{self.folder} has no {which} weights yet: resume it with `siman convert --resume {self.folder}`"
-            )
+            made = which == "full-precision" and self.progress().phase == "binary"
+            mend = "this run made none" if made else f"resume it with `siman convert --resume {self.folder}`"
+            raise InputError(f"{self.folder} has no {which} weights: {mend}")
         return path
 
     def state(self) -> Path | None:
@@ -207,6 +217,15 @@ class Run:
 def run_name(model: str, data: str) -> str:
     """`<model>-<data>-<time>`, local time to the second."""
     return f"{model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def require_usable(output: Path, experiment: str | None) -> None:
+    """Raise InputError where no run folder could be made in `output`, or under the name `experiment`."""
+    if experiment is not None and (Path(experiment).name != experiment or experiment.startswith(".")):
+        raise InputError(f"--experiment {experiment!r}: expected a plain name, without slashes")
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output {output}: {existing} is a file; expected a folder, or a path to make one at")
 
 
 def find_run(which: str | Path | None, output: Path) -> Run:

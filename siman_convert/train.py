@@ -168,7 +168,13 @@ class Phase:
         return metrics
 
     def commit(self, publish: Iterable[str] = ()) -> None:
-        """Save everything a resume needs; `publish` names the weights files that get the evaluated model."""
+        """Save everything a resume needs; `publish` names the weights files that get the evaluated model.
+
+        Never weights that the last update has ruined, which a binary layer's outputs need not show.
+        """
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise SimanError(f"the weights are not finite after {self.name} epoch {self.progress.epoch}, step "
+                             f"{self.progress.step}; {self._last_good()}")  # fmt: skip
         draft = self.run.draft_state()
         self.progress.publish = list(publish)
         with disk_errors(self.run.folder):
@@ -200,7 +206,7 @@ class Phase:
     def stop_if_asked(self) -> None:
         """Save and raise Interrupted when a signal asked for it."""
         if self._agreed(self.stop.requested):
-            self._commit_within_epoch()
+            self.commit()
             raise Interrupted(
                 f"stopped in {self.name} epoch {self.progress.epoch + 1}, step {self.progress.step}; all saved"
             )
@@ -230,13 +236,7 @@ class Phase:
         self.watcher.step(progress.step, meter.loss, meter.top1, self.optimizer.param_groups[0]["lr"])
         self.stop_if_asked()
         if self.save_every is not None and self._agreed(time.monotonic() - self.saved_at > 60 * self.save_every):
-            self._commit_within_epoch()
-
-    def _commit_within_epoch(self) -> None:
-        """Commit, but never weights that the last update has ruined: the state before would be lost to them."""
-        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise SimanError(f"the weights are not finite after step {self.progress.step}; {self._last_good()}")
-        self.commit()
+            self.commit()
 
     def _batches(self) -> Iterator[Batch]:
         recipe, accelerator, progress = self.recipe, self.accelerator, self.progress
@@ -317,10 +317,10 @@ class Phase:
             if path not in known:
                 known[path] = why
                 self.watcher.note(f"skipped an unreadable image: {path}: {why}")
-        images = len(self.data.train) + len(self.data.val)
-        if len(known) > self.recipe.max_bad_images * images:
+        images, share = len(self.data.train) + len(self.data.val), self.recipe.max_bad_images
+        if len(known) > (max(1, share * images) if share else 0):
             raise InputError(f"{len(known)} of {images} images cannot be read, more than max_bad_images = "
-                             f"{self.recipe.max_bad_images:g} allows; first: {next(iter(known))}")  # fmt: skip
+                f"{share:g} allows (--set max_bad_images=0.2 would skip more); first: {next(iter(known))}")  # fmt: skip
 
     def _agreed(self, flag: bool) -> bool:
         """Whether any process says so: all have to act alike."""
@@ -353,7 +353,7 @@ def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, ste
     warmup = min(recipe.warmup_epochs, max(0, epochs - 1))
     return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, epochs - warmup) * unit,
+        t_initial=max(2, (epochs - warmup) * unit),  # of 1 it warns, and its first rate is the same
         lr_min=recipe.min_lr,
         warmup_t=warmup * unit,
         warmup_lr_init=recipe.warmup_lr,

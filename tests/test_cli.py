@@ -215,9 +215,13 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "test_resnet", "--weights", "gone.pth"], "no weights file at gone.pth"),
         (["convert", "test_resnet", "--weights", "none", "--keep", "layer9.*"], "layer9.*"),
         (["convert", "test_resnet", "--weights", "none", "--device", "cuda:99"], "--device cuda:99: not usable here"),
+        (["convert", "resnet18.nope_in1k"], "unknown weights 'nope_in1k' of resnet18; timm has"),
+        (["convert", "test_resnet", "--weights", "none", "--experiment", "a/b"], "--experiment 'a/b'"),
+        (["convert", "test_resnet", "--weights", "none", "--aa", "nonsense"], "nonsense"),
+        (["convert", "test_resnet", "--set", "scale=[2.0,0.1]"], "scale goes from 2.0 down to 0.1"),
         (
-            ["convert", "test_resnet", "--weights", "none", "--amp", "--amp-dtype", "float16", "--device", "cpu"],
-            "use bfloat16",
+            ["convert", "test_resnet", "--warmup-epochs", "9", "--epochs", "3"],
+            "warmup_epochs 9 leave nothing of 3 epochs",
         ),
         (["convert", "--resume", "gone"], "no run at gone"),
         (["convert", "--epochz", "3"], "No such option"),
@@ -290,7 +294,9 @@ def test_pretrained_weights_offline_name_the_ways_out(
         (["--epochs", "9"], "epochs is 2, not 9"),
         (["--recipe", "paper-cifar10"], "was started otherwise"),
         (["--set", "lr=0.7"], "lr is 0.02, not 0.7"),
-        (["--data", "digits"], "the data is"),
+        (["--data", "digits"], "data is"),
+        (["--weights", "other.pth"], "weights is none, not other.pth"),
+        (["--experiment", "two"], "experiment is one, not two"),
     ],
 )
 def test_resuming_with_another_recipe_is_refused(
@@ -299,7 +305,7 @@ def test_resuming_with_another_recipe_is_refused(
     assert siman(["convert", "--resume", str(finished.folder), *extra]) == 2
     assert message in last_line(capsys)
     assert siman(["convert", "resnet18", "--resume", str(finished.folder)]) == 2
-    assert "the model is test_resnet, not resnet18" in last_line(capsys)
+    assert "model is test_resnet, not resnet18" in last_line(capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
@@ -323,6 +329,51 @@ def test_out_of_memory_names_a_batch_size(
     monkeypatch.setattr("siman_convert.train.Phase._step", fail)
     assert converted(tmp_path, digits, "--epochs", "1") == 1
     assert "try --batch-size 32 --grad-accum-steps 2" in last_line(capsys)
+
+
+def test_resume_dry_run_changes_nothing(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")}
+    assert siman(["convert", "--resume", str(finished.folder), "--dry-run", "--device", "cpu"]) == 0
+    assert "dry run: nothing was written" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.folder.rglob("*")} == before
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with finished.locked():
+        assert siman(["convert", "--resume", str(finished.folder), "--device", "cpu"]) == 2
+    assert "is being trained by another process" in last_line(capsys)
+
+
+def test_output_that_is_a_file(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert converted(tmp_path / "file" / "runs", digits) == 2
+    assert "is a file; expected a folder" in last_line(capsys)
+
+
+def test_weights_that_are_not_finite_or_binary_already(
+    finished: Run, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converted(tmp_path / "runs", digits, "--weights", str(finished.weights("best"))) == 2
+    assert "already a binary model" in last_line(capsys)
+    state = safetensors.torch.load_file(finished.weights("full-precision"))
+    state["conv1.weight" if "conv1.weight" in state else "fc.weight"].fill_(float("nan"))
+    file = tmp_path / "nan.safetensors"
+    safetensors.torch.save_file(state, file)
+    assert converted(tmp_path / "runs", digits, "--weights", str(file)) == 2
+    assert "not finite" in last_line(capsys)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "progress.json"])
+def test_a_damaged_state_is_one_line(
+    finished: Run, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "one")
+    state = Run(tmp_path / "one").state()
+    assert state is not None
+    file = state / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert siman(["convert", "--resume", str(tmp_path / "one"), "--device", "cpu"]) == 2
+    assert str(state) in last_line(capsys)
 
 
 def test_a_full_disk_is_one_line(

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -185,6 +186,10 @@ def test_bad_arguments_are_one_line() -> None:
         SiMaNConv2d.from_float(conv, init="xavier")
     with pytest.raises(InputError, match=r"unknown bit selection 'mean'; known: half, analytic"):
         SiMaNConv2d.from_float(conv, selection="mean")
+    with pytest.raises(InputError, match="not a Conv2dSame"):
+        SiMaNConv2d.from_float(Conv2dSame(2, 2, 3, stride=2))
+    with pytest.raises(InputError, match="not a Linear"):
+        SiMaNConv2d.from_float(nn.Linear(2, 2))
     with pytest.raises(InputError, match="pads with zeros only"):
         SiMaNConv2d.from_float(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"))
 

@@ -74,7 +74,7 @@ def test_no_run_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no run at b"):
         find_run("b", tmp_path)
     run = make_run(tmp_path)
-    with pytest.raises(InputError, match="has no best weights yet: resume it"):
+    with pytest.raises(InputError, match="has no best weights: resume it"):
         run.weights("best")
 
 

@@ -149,8 +149,11 @@ def convert(
 
 def _again(terminal: "Terminal", device: str, workers: int, save_every: float | None) -> str:
     """The command that goes on, with the flags that are not part of the run."""
+    command = terminal.resume_command()
+    if command is None:
+        return "the same command"
     flags = [("--device", device, "auto"), ("-j", workers, 0), ("--save-every", save_every, None)]
-    return " ".join([terminal.resume_command(), *(f"{flag} {value}" for flag, value, usual in flags if value != usual)])
+    return " ".join([command, *(f"{flag} {value}" for flag, value, usual in flags if value != usual)])
 
 
 def _require_weights_in_reach(model: str, data: str | None) -> None:
@@ -159,7 +162,7 @@ def _require_weights_in_reach(model: str, data: str | None) -> None:
     from siman_convert.model_table import read_table
 
     on_timm_hub = {row["name"] for row in read_table() if row["timm_hub"]}
-    if model.partition(".")[0] in on_timm_hub and (data is None or "/" not in data or Path(data).exists()):
+    if model in on_timm_hub and (data is None or "/" not in data or Path(data).exists()):
         require_weights_in_reach(model)
 
 

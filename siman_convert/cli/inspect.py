@@ -20,11 +20,14 @@ def inspect(
     from rich.console import Console
 
     from siman_convert.cli.plan_table import inspect_record, render_plan
+    from siman_convert.errors import InputError
     from siman_convert.inspection import inspect_model, inspect_run
 
     run = next((path for path in (Path(model), output / model) if (path / "run.json").is_file()), None)
     if run is None:
         plan, costs = inspect_model(model, num_classes, keep=keep, binarize=binarize)
+    elif keep or binarize or num_classes:
+        raise InputError(f"{run} has its plan already; --keep, --binarize and --num-classes are for models")
     else:
         plan, costs = inspect_run(run)
     if as_json:

@@ -46,9 +46,9 @@ class Terminal:
         """One line, as it is."""
         self._console.print(escape(text))
 
-    def resume_command(self) -> str:
-        """What to type to go on with this run."""
-        return f"siman convert --resume {shlex.quote(str(self._folder))}" if self._folder else "the same command"
+    def resume_command(self) -> str | None:
+        """What to type to go on with this run; None before there is one."""
+        return f"siman convert --resume {shlex.quote(str(self._folder))}" if self._folder else None
 
     def stage(self, number: int, title: str, text: str) -> None:
         """One of the numbered checks."""

@@ -237,9 +237,12 @@ def _options(workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C, and a batch system's SIGTERM, reach the whole process group: the parent alone answers and ends its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ctrl-C reaches the whole process group: the parent alone answers it and ends its workers.
+
+    SIGTERM keeps its default here (a parent's handler was inherited): it is how the parent ends a worker.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
