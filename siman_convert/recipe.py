@@ -32,7 +32,7 @@ MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; anything larger is som
 class Recipe(BaseModel):
     """The fields with their defaults; names are timm's where timm has one. Epochs are counted from 0."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     # What becomes binary, and how
     init: Literal["remap", "copy"] = "remap"  # how pretrained weights become latent weights
