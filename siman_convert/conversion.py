@@ -33,7 +33,7 @@ from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, require_usable, run_name
 from siman_convert.surgery import apply_plan
 from siman_convert.train import Phase, PhaseName
-from siman_convert.watch import Silent, Watcher
+from siman_convert.watch import Watcher
 
 CALIBRATION_BATCH = 64  # images; statistics are averaged over batches, so this is not the training batch
 NOTHING_WRITTEN = "stopped before anything was written"
@@ -82,12 +82,12 @@ def convert(
     Raises InputError for what the user can mend before anything is written, SimanError for what fails later (numerics,
     memory, disk) and Interrupted when a signal asked to stop; in both latter cases the run can be resumed.
     """
-    recipe, options, watcher = recipe or Recipe(), options or Options(), watcher or Silent()
+    recipe, options, watcher = recipe or Recipe(), options or Options(), watcher or Watcher()
     with one_line_errors(recipe.batch_size, recipe.grad_accum_steps), stopping_on_signals() as stop:
         require_known(model)
         require_usable(options.output, options.experiment)
         accelerator = _accelerator(recipe, options.device)
-        watcher = watcher if accelerator.is_main_process else Silent()
+        watcher = watcher if accelerator.is_main_process else Watcher()
         check_environment(accelerator.device, accelerator.num_processes, watcher)
         job = check_job(model, data, recipe, weights, options.workers, watcher)
         stop.check(NOTHING_WRITTEN)
@@ -102,11 +102,11 @@ def convert(
 
 def resume(run: Run, *, options: Options | None = None, watcher: Watcher | None = None) -> Result | None:
     """Go on with a run where its newest state left it; the recipe and the data are the run's own. Raises as `convert`."""
-    options, watcher = options or Options(), watcher or Silent()
+    options, watcher = options or Options(), watcher or Watcher()
     recipe = run.recipe()
     with one_line_errors(recipe.batch_size, recipe.grad_accum_steps), stopping_on_signals() as stop:
         accelerator = _accelerator(recipe, options.device)
-        watcher = watcher if accelerator.is_main_process else Silent()
+        watcher = watcher if accelerator.is_main_process else Watcher()
         with run.locked(accelerator.is_main_process and not options.dry_run):
             if accelerator.is_main_process and not options.dry_run:
                 with disk_errors(run.folder):

@@ -12,11 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from siman_convert.watch import Watcher
+
 STEPS = 4  # of the check before training
 
 
-class Terminal:
-    """A train.Watcher that prints; a context manager, since progress bars have to be taken down."""
+class Terminal(Watcher):
+    """A Watcher that prints; a context manager, since progress bars have to be taken down."""
 
     def __init__(self, quiet: bool = False) -> None:
         self._console = Console(stderr=quiet, highlight=False, soft_wrap=True)
