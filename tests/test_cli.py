@@ -208,6 +208,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert"], "name a model to convert"),
         (["convert", "resnett18"], "unknown model 'resnett18': timm has no such architecture; did you mean"),
         (["convert", "test_resnet", "--data", "./nowhere"], "no such path: ./nowhere"),
+        (["convert", "resnet18", "--data", "nowhere"], "no such path: nowhere"),
         (["convert", "test_vit", "--weights", "none"], "none of its 1 convolutions can be binarized"),
         (["convert", "test_resnet", "--recipe", "finetun"], "did you mean finetune?"),
         (["convert", "test_resnet", "--set", "epoch=3"], "unknown field 'epoch'; did you mean epochs"),

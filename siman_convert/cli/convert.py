@@ -162,7 +162,7 @@ def _require_weights_in_reach(model: str, data: str | None) -> None:
     from siman_convert.model_table import read_table
 
     on_timm_hub = {row["name"] for row in read_table() if row["timm_hub"]}
-    if model in on_timm_hub and (data is None or "/" not in data or Path(data).exists()):
+    if model in on_timm_hub and (data in (None, "digits") or Path(data).exists()):
         require_weights_in_reach(model)
 
 
