@@ -30,6 +30,13 @@ class Geometry(NamedTuple):
     groups: int
 
 
+def geometry_of(conv: nn.Conv2d) -> Geometry:
+    """The geometry of a convolution; its padding may be "same" or "valid"."""
+    left, right, top, bottom = conv._reversed_padding_repeated_twice
+    stride, dilation = cast("tuple[int, int]", conv.stride), cast("tuple[int, int]", conv.dilation)
+    return Geometry(stride, (left, right, top, bottom), dilation, conv.groups)
+
+
 class SiMaNConv2d(nn.Conv2d):
     """A binary convolution trained by SiMaN. Takes `nn.Conv2d`'s arguments, zero padding only.
 
@@ -102,14 +109,14 @@ class SiMaNConv2d(nn.Conv2d):
         """The integer convolution of eval mode, before alpha and bias: (N, C_in, H, W) -> (N, C_out, H', W')."""
         bw = self.bits().to(x.dtype).mul_(2).sub_(1)
         ones = x.new_ones(self.out_channels)
-        y: Tensor = BinaryConv.apply(x, exact_mean(x), bw, ones, self._geometry(), True)
+        y: Tensor = BinaryConv.apply(x, exact_mean(x), bw, ones, geometry_of(self), True)
         return y
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), in x's dtype, or autocast's."""
         threshold = batch_mean(x) if self.training else exact_mean(x)
         bw = BinarizeWeight.apply(self._rows(), self.selection).view_as(self.weight)
-        y: Tensor = BinaryConv.apply(x, threshold, bw, self.alpha, self._geometry(), not self.training)
+        y: Tensor = BinaryConv.apply(x, threshold, bw, self.alpha, geometry_of(self), not self.training)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
 
     def extra_repr(self) -> str:
@@ -119,11 +126,6 @@ class SiMaNConv2d(nn.Conv2d):
     def _rows(self) -> Tensor:
         rows = self.weight.flatten(1)
         return rows if rows.dtype == torch.float64 else rows.float()
-
-    def _geometry(self) -> Geometry:
-        left, right, top, bottom = self._reversed_padding_repeated_twice
-        stride, dilation = cast("tuple[int, int]", self.stride), cast("tuple[int, int]", self.dilation)
-        return Geometry(stride, (left, right, top, bottom), dilation, self.groups)
 
 
 class BinarizeWeight(torch.autograd.Function):
@@ -157,7 +159,7 @@ class BinaryConv(torch.autograd.Function):
         dtype = _compute_dtype(x)
         ctx.save_for_backward(x, threshold, bw, alpha)
         ctx.geometry, ctx.compute_dtype = geometry, dtype
-        signs, pads = _pad(_signs(x, threshold, dtype), geometry.pads)
+        signs, pads = pad_signs(signs_of(x, threshold, dtype), geometry.pads)
         y = F.conv2d(signs, bw.to(dtype), None, geometry.stride, pads, geometry.dilation, geometry.groups)
         if exact:
             y = y.round_()
@@ -168,7 +170,7 @@ class BinaryConv(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None]:
         x, threshold, bw, alpha = ctx.saved_tensors
         geometry, dtype = ctx.geometry, ctx.compute_dtype
-        signs, pads = _pad(_signs(x, threshold, dtype), geometry.pads)
+        signs, pads = pad_signs(signs_of(x, threshold, dtype), geometry.pads)
         # The input's gradient wants the scaled weight, the weight's gradient the unscaled output gradient: one call does both.
         scaled = (bw * alpha.to(bw.dtype).view(-1, 1, 1, 1)).to(dtype)
         grad_signs, grad_unscaled, _ = torch.ops.aten.convolution_backward(
@@ -210,12 +212,12 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
     return products
 
 
-def _signs(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
+def signs_of(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """+1 where x >= threshold, else -1 (for NaN too). Comparing straight into `dtype` saves a pass over a bool tensor."""
     return torch.ge(x, threshold, out=torch.empty_like(x, dtype=dtype)).mul_(2).sub_(1)
 
 
-def _pad(signs: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
+def pad_signs(signs: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
     """The signs and the padding a convolution has to add; unequal padding (of `same`) is written out as zeros."""
     left, right, top, bottom = pads
     if left == right and top == bottom:

@@ -6,6 +6,8 @@ a plan that does not fit leaves the model as it was.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import nn
 
 from siman_convert.binarize import Selection
@@ -19,14 +21,23 @@ def apply_plan(model: nn.Module, plan: Plan, *, init: Init = "remap", selection:
 
     Device, dtype, training flags and requires_grad stay; a module registered under several names is swapped under all.
     """
+    convs = planned_convs(model, plan).values()
+    return swap(model, {id(conv): SiMaNConv2d.from_float(conv, init, selection) for conv in convs})
+
+
+def planned_convs(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d]:
+    """The convolutions of `model` that `plan` binarizes, by name; InputError where the plan does not fit the model."""
     modules = dict(model.named_modules(remove_duplicate=False))
-    planned = {decision.name: _planned(modules, decision) for decision in plan.decisions if decision.binarize}
-    binary = {id(conv): SiMaNConv2d.from_float(conv, init=init, selection=selection) for conv in planned.values()}
-    for module in modules.values():
+    return {decision.name: _planned(modules, decision) for decision in plan.decisions if decision.binarize}
+
+
+def swap(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Put `replacements` (by id of the module replaced) in their places, under all names, and return the model."""
+    for module in list(model.modules()):
         for name, child in module._modules.items():
-            if id(child) in binary:
-                module._modules[name] = binary[id(child)]
-    return binary.get(id(model), model)
+            if id(child) in replacements:
+                module._modules[name] = replacements[id(child)]
+    return replacements.get(id(model), model)
 
 
 def binary_layers(model: nn.Module) -> dict[str, SiMaNConv2d]:
