@@ -3,7 +3,10 @@
     plan(model)            what would become binary, and why
     convert(model, data)   convert and fine-tune, into a run folder
     resume(run)            go on with a run that was stopped
-    evaluate(run)          top-1, top-5 and loss of a run
+    evaluate(run)          top-1, top-5 and loss of a run or an exported file
+    export(run)            one file: model.onnx or model.safetensors
+    load(path)             model.safetensors as a torch module
+    verify(path)           whether an exported file computes what the network does
 
 Importing this package imports neither torch nor timm; using a name does.
 """
@@ -15,13 +18,30 @@ if TYPE_CHECKING:
     from siman_convert.conversion import convert, resume
     from siman_convert.errors import InputError, MismatchError, SimanError
     from siman_convert.evaluation import evaluate
+    from siman_convert.exporting import export
     from siman_convert.inspection import plan
+    from siman_convert.packed import load
+    from siman_convert.verification import verify
 
-__all__ = ["InputError", "MismatchError", "SimanError", "convert", "evaluate", "plan", "resume"]
+__all__ = [
+    "InputError",
+    "MismatchError",
+    "SimanError",
+    "convert",
+    "evaluate",
+    "export",
+    "load",
+    "plan",
+    "resume",
+    "verify",
+]
 
 _HOMES = {  # public name -> module and name there
     "convert": ("conversion", "convert"),
     "evaluate": ("evaluation", "evaluate"),
+    "export": ("exporting", "export"),
+    "load": ("packed", "load"),
+    "verify": ("verification", "verify"),
     "plan": ("inspection", "plan"),
     "resume": ("conversion", "resume"),
     "InputError": ("errors", "InputError"),

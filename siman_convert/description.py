@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -39,7 +39,7 @@ class Description:
     plan: Plan
     preprocess: Preprocess
     classes: tuple[str, ...]
-    weights: str
+    weights: Literal["best", "last"]
     recipe_digest: str
     accuracy: Accuracy | None
     siman_version: str

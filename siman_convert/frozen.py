@@ -131,6 +131,18 @@ def packed_layers(model: nn.Module) -> dict[str, PackedConv2d]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedConv2d)}
 
 
+def halved_names(model: nn.Module) -> set[str]:
+    """The tensors of a packed model that --half stores as float16: weights of two or more dimensions left in full precision.
+
+    Biases, BatchNorms and the packed layers' own scales stay float32: they are small, and everything depends on them.
+    """
+    own = {f"{name}.{key}" for name, layer in packed_layers(model).items() for key in layer.state_dict()}
+    state = model.state_dict()
+    return {
+        name for name, tensor in state.items() if tensor.ndim >= 2 and tensor.is_floating_point() and name not in own
+    }
+
+
 def integer_conv(x: Tensor, weight_bits: Tensor, channels: int, geometry: Geometry, center: bool = True) -> Tensor:
     """The operator's acc: x (N, C, H, W) float32 -> (N, O, Ho, Wo), whole numbers in float32."""
     threshold = exact_mean(x) if center else x.new_zeros(1, 1, 1, 1)
@@ -142,7 +154,8 @@ def integer_conv(x: Tensor, weight_bits: Tensor, channels: int, geometry: Geomet
 def unpack(weight_bits: Tensor, channels: int) -> Tensor:
     """(O, kH, kW, B) uint8 -> +-1 weights (O, channels, kH, kW), float32, on the same device."""
     signs = F.embedding(weight_bits.int(), _byte_signs(weight_bits.device))  # (O, kH, kW, B, 8)
-    return signs.flatten(3)[..., :channels].permute(0, 3, 1, 2).contiguous()
+    # Not contiguous(): it leaves the strides of a 1x1 kernel as they are, and then the convolution answers channels-last.
+    return signs.flatten(3)[..., :channels].permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _byte_signs(device: torch.device) -> Tensor:

@@ -18,11 +18,11 @@ from siman_convert.data import (
 from siman_convert.duration import seconds_per_step, spoken
 from siman_convert.environment import describe_environment
 from siman_convert.errors import InputError
-from siman_convert.evaluation import open_run_data
 from siman_convert.models import LoadedModel, create, load_model
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Run
+from siman_convert.subjects import open_run_data
 from siman_convert.train import Data
 from siman_convert.watch import Watcher
 

@@ -16,8 +16,9 @@ PACKAGE = ROOT / "siman_convert"
 ORDER = [
     "errors", "hub", "files", "binarize", "bits", "layers", "environment", "recipe", "trace", "plans", "surgery", "costs",
     "model_table", "data", "guards", "onnx_op", "runtime", "metrics", "models", "runs", "frozen", "description", "packed",
-    "onnx_fold", "onnx_file", "onnx_preprocess", "onnx_int8", "onnx_export", "watch", "calibrate", "train", "evaluation",
-    "backends", "verification", "prediction", "exporting", "inspection", "duration", "preparation", "conversion", "cli",
+    "onnx_fold", "onnx_file", "onnx_preprocess", "onnx_int8", "onnx_export", "subjects", "backends", "watch", "calibrate",
+    "train", "evaluation", "operator_check", "verification", "prediction", "exporting", "inspection", "duration",
+    "preparation", "conversion", "cli",
 ]  # fmt: skip
 
 

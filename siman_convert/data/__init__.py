@@ -6,13 +6,14 @@ from siman_convert.data.loading import (
     batches_per_epoch,
     eval_loader,
     iterate,
+    spread_batches,
     train_loader,
     worker_error,
 )
 from siman_convert.data.preprocess import Augment, Preprocess, Transform, resolve_preprocess
 from siman_convert.data.source import Source, open_source
 from siman_convert.data.split import AnySplit, BadImage, Split, StreamSplit
-from siman_convert.data.transforms import eval_transform, train_transform
+from siman_convert.data.transforms import eval_transform, pixel_transform, train_transform
 
 __all__ = [
     "AnySplit",
@@ -30,7 +31,9 @@ __all__ = [
     "eval_transform",
     "iterate",
     "open_source",
+    "pixel_transform",
     "resolve_preprocess",
+    "spread_batches",
     "train_loader",
     "train_transform",
     "worker_error",

@@ -109,6 +109,16 @@ def eval_loader(
     return DataLoader(_EvalSet(split, transform), batch_sampler=keys, collate_fn=_as_is, **options)
 
 
+def spread_batches(split: AnySplit, transform: Transform, *, batch_size: int, images: int) -> Iterator[Batch]:
+    """Batches of `images` readable samples at most, taken at equal distances from the whole split, in its order."""
+    left = min(images, len(split))
+    loader = eval_loader(split, transform, batch_size=min(batch_size, left), world=max(1, len(split) // left))
+    for batch in iterate(loader):
+        if left > 0 and len(batch.targets):
+            yield Batch(batch.images[:left], batch.targets[:left], batch.bad)
+            left -= min(left, len(batch.targets))
+
+
 def batches_per_epoch(split: AnySplit, batch_size: int, world: int) -> int:
     """Batches that `train_loader` gives each of `world` ranks in a whole epoch, a short last one included."""
     return math.ceil(math.ceil(len(split) / world) / batch_size)

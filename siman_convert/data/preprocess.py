@@ -17,10 +17,11 @@ from siman_convert.errors import InputError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
+_LARGEST_SIDE = 16384  # a size in a damaged file must not exhaust the memory
 _STRIDE = 32  # the usual total stride of a CNN
 _DEFAULT_INPUT = (3, 224, 224)
 
-Transform = Callable[[Image.Image], Tensor]  # to float32 (C, H, W)
+Transform = Callable[[Image.Image], Tensor]  # to float32 (C, H, W), or uint8 (H, W, C) by pixel_transform
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,9 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         channels, *sides = self.input_size
-        if channels not in (1, 3) or min(sides) < 1:
-            raise InputError(f"input size {self.input_size}: expected 1 or 3 channels and sides of at least 1 pixel")
+        if channels not in (1, 3) or not 1 <= min(sides) <= max(sides) <= _LARGEST_SIDE:
+            expected = f"1 or 3 channels and sides of 1 to {_LARGEST_SIDE} pixels"
+            raise InputError(f"input size {self.input_size}: expected {expected}")
         for name, values in (("mean", self.mean), ("std", self.std)):
             if len(values) != channels:
                 raise InputError(f"{name} has {len(values)} values: expected one for each of {channels} channel(s)")

@@ -36,6 +36,17 @@ class _Chain:
         return value
 
 
+class _Pixels:
+    """PIL image to uint8 (H, W, C), as decoded: for a network that preprocesses by itself."""
+
+    def __init__(self, pre: Preprocess) -> None:
+        self.mode = "RGB" if pre.input_size[0] == 3 else "L"
+
+    def __call__(self, image: Image.Image) -> Tensor:
+        pixels = np.array(image if image.mode == self.mode else image.convert(self.mode))
+        return torch.from_numpy(pixels if pixels.ndim == 3 else pixels[:, :, None])
+
+
 class _Normalise:
     """PIL image to normalised float32 (C, H, W): ((v / 255) - mean) / std, rounded after each step.
 
@@ -69,6 +80,11 @@ def eval_transform(pre: Preprocess) -> Transform:
     """Resize, central crop, normalise, as timm evaluates; with pad_to_size, images that fit are padded instead."""
     steps = _eval_steps(pre)
     return _Chain(pre, steps, steps[-1:])
+
+
+def pixel_transform(pre: Preprocess) -> Transform:
+    """No preprocessing: the decoded image, uint8 (H, W, C), in the network's colour mode."""
+    return _Pixels(pre)
 
 
 def train_transform(pre: Preprocess, aug: Augment) -> Transform:

@@ -76,8 +76,8 @@ def binary_conv2d(
     for name, value in inputs.items():
         if not isinstance(value, np.ndarray):
             raise InputError(f"{OP_NAME}: {name} must be a numpy array, got {type(value).__name__}")
+    check_attributes(channels, strides, pads, dilations, group, center)
     geometry = Geometry(channels, strides, pads, dilations, group)
-    _check_attributes(geometry, center)
     out_shape = _out_shape(X, W, geometry)
     for name, vector in (("scale", scale), ("bias", bias), ("slope", slope)):
         _check_float(name, vector, [out_shape[1:2]])
@@ -150,12 +150,15 @@ def _words_u64(packed: Bytes) -> npt.NDArray[np.uint64]:
     return np.ascontiguousarray(filled).view(np.uint64)
 
 
-def _check_attributes(geometry: Geometry, center: int) -> None:
-    _check_ints("channels", [geometry.channels], 1, least=1)
-    _check_ints("group", [geometry.group], 1, least=1)
-    _check_ints("strides", geometry.strides, 2, least=1)
-    _check_ints("dilations", geometry.dilations, 2, least=1)
-    _check_ints("pads", geometry.pads, 4, least=0)
+def check_attributes(
+    channels: int, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int], group: int, center: int
+) -> None:
+    """Raise InputError for attributes no operator can have."""
+    _check_ints("channels", [channels], 1, least=1)
+    _check_ints("group", [group], 1, least=1)
+    _check_ints("strides", strides, 2, least=1)
+    _check_ints("dilations", dilations, 2, least=1)
+    _check_ints("pads", pads, 4, least=0)
     if center not in (0, 1):
         raise InputError(f"{OP_NAME}: center must be 0 or 1, got {center}")
 

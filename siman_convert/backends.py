@@ -1,0 +1,90 @@
+"""What can run a packed model: torch, stock ONNX Runtime, the numpy reference. Each is a module: images in, logits out.
+
+The last two run the exported graph, so that evaluating with them evaluates the file.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from siman_convert.description import description_of
+from siman_convert.errors import InputError
+from siman_convert.onnx_export import OUTPUT, build_onnx
+from siman_convert.onnx_file import OnnxFile, Variant, parse_onnx, seal
+from siman_convert.runtime import reference
+from siman_convert.subjects import Subject
+
+Backend = Literal["torch", "onnxruntime", "reference"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+
+class OnnxRuntimeModel(nn.Module):
+    """A graph in ONNX Runtime on the CPU; the operator is run by its function body unless kernels are registered."""
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.session = ort_session(data)
+        self.input = self.session.get_inputs()[0].name
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The graph's input (float32 (N, C, H, W), or uint8 (N, H, W, C)) to logits (N, classes)."""
+        logits: Any = self.session.run([OUTPUT], {self.input: images.contiguous().numpy()})
+        return torch.from_numpy(logits[0])
+
+
+class ReferenceModel(nn.Module):
+    """A graph in onnx.reference, the operator by `runtime.reference`: slow, and what the others are measured against."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        super().__init__()
+        self.evaluator = reference.evaluator(model)
+        self.input = model.graph.input[0].name
+
+    def forward(self, images: Tensor) -> Tensor:
+        """As OnnxRuntimeModel."""
+        logits: Any = self.evaluator.run([OUTPUT], {self.input: images.contiguous().numpy()})
+        return torch.from_numpy(np.asarray(logits[0]))
+
+
+def default_backend(subject: Subject) -> Backend:
+    """torch for what is a torch module, ONNX Runtime for an ONNX file."""
+    return "torch" if subject.onnx is None else "onnxruntime"
+
+
+def open_backend(subject: Subject, backend: Backend) -> nn.Module:
+    """The subject in that backend, in eval mode. Raises InputError where it cannot run there."""
+    if backend == "torch":
+        if subject.packed is None:
+            raise InputError(
+                f"{subject.name}: torch runs a run or a .safetensors file, not ONNX; "
+                "use --backend onnxruntime or reference, or name the run"
+            )
+        return subject.packed
+    file = subject_onnx(subject)
+    return OnnxRuntimeModel(file.data) if backend == "onnxruntime" else ReferenceModel(file.model).eval()
+
+
+def subject_onnx(subject: Subject) -> OnnxFile:
+    """The subject's ONNX file, exported in memory where it is a torch module."""
+    if subject.onnx is not None:
+        return subject.onnx
+    assert subject.packed is not None  # a subject has one of the two
+    model, _ = build_onnx(subject.packed)
+    return parse_onnx(seal(model, description_of(subject.packed), Variant()))
+
+
+def ort_session(data: bytes) -> onnxruntime.InferenceSession:
+    """A session on the CPU; InputError where ONNX Runtime refuses the graph."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns about things its own optimizer does
+    try:
+        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no public base class
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"ONNX Runtime cannot open the graph: {reason}") from error

@@ -1,0 +1,217 @@
+"""`siman export`: a trained network to one self-contained file, verified on real images before it gets its name.
+
+    run or packed file -> packed model -> (half) -> ONNX graph -> (int8) -> (preprocessing) -> verification -> file
+
+Nothing appears under its final name unless everything, verification included, went well.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from siman_convert.backends import OnnxRuntimeModel
+from siman_convert.costs import Costs, plan_costs
+from siman_convert.data import Preprocess, Source, eval_transform, spread_batches
+from siman_convert.description import Description, description_of
+from siman_convert.errors import InputError, MismatchError
+from siman_convert.files import disk_errors, replacing
+from siman_convert.metrics import Metrics, evaluate_model
+from siman_convert.models import create
+from siman_convert.onnx_export import build_onnx
+from siman_convert.onnx_file import Variant, parse_onnx, seal
+from siman_convert.onnx_fold import Folding
+from siman_convert.onnx_int8 import quantize_rest
+from siman_convert.onnx_preprocess import add_preprocess
+from siman_convert.packed import load, round_to_half, save_packed
+from siman_convert.subjects import SUFFIXES, Subject, Which, open_subject
+from siman_convert.verification import IMAGES, Verification, different_tensors, verification_source, verify_file
+from siman_convert.watch import Watcher
+
+Format = Literal["onnx", "safetensors", "all"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+CALIBRATION_IMAGES = 256  # training images that int8 takes its ranges from
+BATCH = 32
+
+
+@dataclass(frozen=True)
+class AccuracyChange:
+    """Top-1, percent, of the same `images` validation images before and after weights were rounded."""
+
+    before: float
+    after: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote and found. costs: the plan's figures, as `siman inspect` gives them."""
+
+    files: tuple[Path, ...]
+    description: Description
+    variant: Variant
+    folding: Folding
+    costs: Costs
+    change: AccuracyChange | None
+    verification: Verification
+
+
+@dataclass(frozen=True)
+class _Built:
+    """Everything of an export but the files."""
+
+    packed: nn.Module
+    onnx: bytes
+    variant: Variant
+    folding: Folding
+    change: AccuracyChange | None
+
+
+def export(
+    what: nn.Module | str | Path | None = None,
+    *,
+    format: Format = "onnx",
+    output: str | Path | None = None,
+    which: Which = "best",
+    half: bool = False,
+    int8: bool = False,
+    with_preprocess: bool = False,
+    data: str | None = None,
+    images: int = IMAGES,
+    runs: Path = Path("runs"),
+    watcher: Watcher | None = None,
+) -> Exported:
+    """Export a run, a .safetensors file, or a module that `load` gave; None: the newest run in `runs`.
+
+    `output`: a file, or a folder; None: the run's folder, or the file's. `half`: remaining full-precision weights as
+    float16. `int8`: remaining convolutions and the classifier in 8 bits, calibrated on training images. `with_preprocess`:
+    the ONNX graph takes decoded images. `data`: what to verify and calibrate on; None: the run's own. `images`: how many.
+
+    Raises InputError for what cannot be, SimanError where an exporter fails, MismatchError where the file would not
+    compute what the network does; nothing is written then.
+    """
+    watcher = watcher or Watcher()
+    _check_options(format, half, int8, with_preprocess)
+    subject = _open(what, runs, which)
+    targets = _targets(subject, format, None if output is None else Path(output))
+    source, substitute = verification_source(subject, data)
+    if substitute is not None:
+        watcher.note(f"{substitute}; verifying on scikit-learn's digits instead")
+    watcher.note(f"writing the graph of {subject.name}")
+    measured = source if substitute is None else None
+    built = _build(subject, half, int8, with_preprocess, measured, images)
+    description = description_of(built.packed)
+    with ExitStack() as stack:
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(disk_errors(target))
+            temporary = stack.enter_context(replacing(target))
+            _write(built, target.suffix, temporary)
+            if target.suffix == ".safetensors":
+                _require_same(load(temporary), built.packed)
+        count = min(images, len(source.val))
+        watcher.note(f"verifying on {count} images")
+        watcher.start_evaluation(count)
+        verification = verify_file(parse_onnx(built.onnx), built.packed, source, images, watcher.evaluated)
+        if verification.failures:
+            more = f" ({len(verification.failures) - 1} more)" if len(verification.failures) > 1 else ""
+            raise MismatchError(f"the exported file is wrong, nothing was written: {verification.failures[0]}{more}")
+    with torch.device("meta"):
+        skeleton = create(description.architecture, len(description.classes))
+    costs = plan_costs(skeleton, description.plan)
+    return Exported(targets, description, built.variant, built.folding, costs, built.change, verification)
+
+
+def _build(
+    subject: Subject, half: bool, int8: bool, with_preprocess: bool, measured: Source | None, images: int
+) -> _Built:
+    """`measured`: the network's own images, on which the cost of rounding is measured."""
+    packed = subject.packed
+    assert packed is not None  # _open refuses ONNX files
+    change, preprocess = None, subject.description.preprocess
+
+    def top1(model: nn.Module) -> Metrics | None:
+        if measured is None:
+            return None
+        batches = spread_batches(measured.val, eval_transform(preprocess), batch_size=BATCH, images=images)
+        return evaluate_model(model, batches, torch.device("cpu"))
+
+    if half and not subject.description.half:
+        before = top1(packed)
+        round_to_half(packed)
+        change = _change(before, top1(packed))
+    graph, folding = build_onnx(packed)
+    if int8:
+        if measured is None:
+            raise InputError(f"{subject.name}: int8 is calibrated on training images; name some with --data")
+        before = top1(OnnxRuntimeModel(graph.SerializeToString()))
+        graph = quantize_rest(graph, _calibration(measured, preprocess))
+        change = _change(before, top1(OnnxRuntimeModel(graph.SerializeToString())))
+    if with_preprocess:
+        graph = add_preprocess(graph, preprocess)
+    variant = Variant(takes_images=with_preprocess, int8=int8)
+    return _Built(packed, seal(graph, description_of(packed), variant), variant, folding, change)
+
+
+def _calibration(source: Source, preprocess: Preprocess) -> Iterator[npt.NDArray[np.float32]]:
+    transform = eval_transform(preprocess)
+    for batch in spread_batches(source.train, transform, batch_size=BATCH, images=CALIBRATION_IMAGES):
+        yield batch.images.numpy()
+
+
+def _change(before: Metrics | None, after: Metrics | None) -> AccuracyChange | None:
+    return AccuracyChange(before.top1, after.top1, after.images) if before and after else None
+
+
+def _write(built: _Built, suffix: str, path: Path) -> None:
+    if suffix == ".safetensors":
+        save_packed(built.packed, path)
+    else:
+        path.write_bytes(built.onnx)
+
+
+def _require_same(loaded: nn.Module, packed: nn.Module) -> None:
+    """What was written, read back, must be what was to be written."""
+    if wrong := different_tensors(loaded, packed):
+        raise MismatchError(f"the packed file is wrong, nothing was written: {wrong[0]}")
+
+
+def _check_options(format: str, half: bool, int8: bool, with_preprocess: bool) -> None:
+    if format not in FORMATS:
+        raise InputError(f"--format {format!r}: expected one of {', '.join(FORMATS)}")
+    if half and int8:
+        raise InputError("--half and --int8 are two ways to store the same weights; choose one")
+    if (int8 or with_preprocess) and format != "onnx":
+        flag = "--int8" if int8 else "--with-preprocess"
+        raise InputError(f"{flag} changes the ONNX graph; a .safetensors file has none: use --format onnx")
+
+
+def _open(what: nn.Module | str | Path | None, runs: Path, which: Which) -> Subject:
+    if isinstance(what, nn.Module):
+        return Subject("the model", Path(), description_of(what), None, packed=copy.deepcopy(what))
+    subject = open_subject(what, runs, which)
+    if subject.packed is None:
+        raise InputError(f"{subject.name} is an ONNX file already; export a run or a .safetensors file")
+    return subject
+
+
+def _targets(subject: Subject, format: Format, output: Path | None) -> tuple[Path, ...]:
+    """The files to write."""
+    suffixes = SUFFIXES if format == "all" else (f".{format}",)
+    if output is not None and output.suffix in SUFFIXES and not output.is_dir():
+        if suffixes != (output.suffix,):
+            raise InputError(f"--output {output} is one {output.suffix} file, --format {format} is not; name a folder")
+        return (output,)
+    folder = output or subject.folder
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {output}: a file without a known suffix; expected a folder, .onnx or .safetensors")
+    return tuple(folder / f"model{suffix}" for suffix in suffixes)

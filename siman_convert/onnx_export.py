@@ -1,0 +1,143 @@
+"""A packed model to an ONNX graph: torch's exporter, then our rewrite rules, then nothing but the network is left in it.
+
+The exporter writes one siman.BinaryConv2d node for each packed layer (`PackedConv2d` asks for it) and ordinary operators for
+the rest. onnxscript's optimizer folds constants and the BatchNorms of ordinary convolutions; `onnx_fold` folds what
+follows the binary ones. The function that spells the operator out goes into the model with the model's own opset.
+Dynamic batch, fixed channels, height and width.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes import common as passes
+from torch import nn
+
+from siman_convert.description import description_of
+from siman_convert.errors import SimanError
+from siman_convert.frozen import halved_names, packed_layers
+from siman_convert.onnx_fold import Folding, fold
+from siman_convert.onnx_op import DOMAIN, OP_NAME, VERSION, function_body
+
+OPSET = 20
+INPUT, OUTPUT = "input", "logits"
+_WIDENED = "/float32"  # what names a float16 weight's Cast
+
+
+def build_onnx(model: nn.Module) -> tuple[onnx.ModelProto, Folding]:
+    """The ONNX model of a packed model (input (N, C, H, W) float32, logits (N, classes)), and what was folded.
+
+    Raises SimanError where torch's exporter cannot follow the model.
+    """
+    exported = _export(model)
+    graph = exported.graph
+    if description_of(model).half:
+        _store_as_half(graph, halved_names(model))
+    # A BatchNorm behind a float16 weight stays: folding would round that weight once more. Hosts fold it when they open.
+    onnxscript.optimizer.optimize_ir(exported, should_fold=lambda node: False if _is_widening(node) else None)
+    report = fold(graph)
+    passes.RemoveUnusedNodesPass()(exported)
+    passes.RemoveUnusedOpsetsPass()(exported)
+    passes.ClearMetadataAndDocStringPass()(exported)
+    _name_nodes(graph)
+    return _finish(exported), report
+
+
+def _export(model: nn.Module) -> ir.Model:
+    size = description_of(model).preprocess.input_size
+    for name, layer in packed_layers(model).items():
+        layer.name = name
+    batch = torch.export.Dim("batch")
+    image = torch.zeros(2, *size)
+    with _quiet(), torch.no_grad():
+        try:
+            program = torch.onnx.export(
+                model.cpu().eval(), (image,), dynamo=True, optimize=False, verbose=False, opset_version=OPSET,
+                input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: batch},),
+            )  # fmt: skip
+        except Exception as error:  # the exporter's errors share no base class
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise SimanError(f"{description_of(model).architecture}: torch's ONNX exporter failed: {reason}") from error
+    assert program is not None  # dynamo=True returns a program
+    return program.model
+
+
+def _store_as_half(graph: ir.Graph, names: set[str]) -> None:
+    """Keep these weights, which are float16 values already, as float16, with a Cast to float32 before their readers."""
+    for name in sorted(names & graph.initializers.keys()):
+        wide = graph.initializers[name]
+        assert wide.const_value is not None
+        readers = list(wide.uses())
+        if not readers:
+            continue
+        wide.name = f"{name}{_WIDENED}"
+        half = ir.tensor(wide.const_value.numpy().astype(np.float16), name=name)
+        narrow = ir.Value(name=name, shape=wide.shape, type=ir.TensorType(half.dtype), const_value=half)
+        cast = ir.node("Cast", [narrow], {"to": ir.DataType.FLOAT}, name=wide.name)
+        cast.outputs[0].name, cast.outputs[0].shape, cast.outputs[0].type = wide.name, wide.shape, wide.type
+        wide.replace_all_uses_with(cast.outputs[0])
+        del graph.initializers[wide.name]
+        graph.register_initializer(narrow)
+        graph.insert_before(graph[0], cast)
+
+
+def _is_widening(node: ir.Node) -> bool:
+    return node.op_type == "Cast" and (node.name or "").endswith(_WIDENED)
+
+
+def _name_nodes(graph: ir.Graph) -> None:
+    """A node with a weight `x.weight` is called `x`, any other after its type, and values after the node they come from.
+
+    The exporter's own names count its steps, and depend on its version.
+    """
+    used = Counter(node.name for node in graph if node.domain == DOMAIN)
+    for node in graph:
+        if node.domain == DOMAIN:
+            continue
+        owners = [value.name.rpartition(".") for value in node.inputs if value is not None and value.name]
+        owner = next((name for name, _, last in owners if last.startswith("weight")), "")
+        base = owner if owner and not _is_widening(node) else node.op_type
+        used[base] += 1
+        node.name = base if used[base] == 1 else f"{base}_{used[base]}"
+    for node in graph:
+        for index, value in enumerate(node.outputs):
+            if not value.is_graph_output():
+                value.name = f"{node.name}/out{index or ''}"
+
+
+def _finish(exported: ir.Model) -> onnx.ModelProto:
+    model = ir.serde.serialize_model(exported)
+    model.producer_name, model.producer_version, model.graph.name = "siman", "", "siman"
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    assert opsets.get(DOMAIN) == VERSION, opsets
+    model.functions.append(function_body(opsets[""]))
+    return model
+
+
+def binary_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The siman.BinaryConv2d nodes of a graph, in its order."""
+    return [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP_NAME)]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch's exporter reports on stdout, in warnings and in logs; what matters is raised."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,197 @@
+"""model.onnx: what siman writes into it beside the graph, and reading it back strictly.
+
+Metadata `siman` holds, as canonical JSON, what model.safetensors says of itself (`packed.to_metadata`) and `input`: "float32
+NCHW" (normalised pixels) or "uint8 NHWC" (a decoded image), and `int8`. Metadata `siman.sha256` holds the SHA-256 of the
+whole file, taken with 64 zeros in place of its own hexadecimal digits: graph, function and weights are all covered. Our
+readers check it; stock ONNX Runtime cannot.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped, unused-ignore]
+from onnx import numpy_helper
+
+from siman_convert.bits import check_packed
+from siman_convert.description import KEY, Description, canonical_json
+from siman_convert.errors import InputError
+from siman_convert.files import disk_errors, replacing
+from siman_convert.onnx_op import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, VERSION
+from siman_convert.packed import from_metadata, to_metadata
+from siman_convert.runtime.reference import check_attributes
+
+DIGEST = "siman.sha256"
+ZEROS = b"0" * 64
+_BEFORE_DIGEST = DIGEST.encode() + b"\x12\x40"  # protobuf: field 2 (value) of 64 bytes follows the key
+MAX_BYTES = 2**31 - 1  # protobuf's limit
+NORMALISED, IMAGE = "float32 NCHW", "uint8 NHWC"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How the graph differs from the plain export. takes_images: uint8 (N, H, W, C) in; int8: the rest was quantized."""
+
+    takes_images: bool = False
+    int8: bool = False
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """A file that was read and checked; `data` are its bytes, which sessions are opened from."""
+
+    model: onnx.ModelProto
+    description: Description
+    variant: Variant
+    data: bytes
+
+
+def seal(model: onnx.ModelProto, description: Description, variant: Variant) -> bytes:
+    """The file's bytes: `model` with its metadata. The same model and description give the same bytes."""
+    sealed = onnx.ModelProto()
+    sealed.CopyFrom(model)
+    del sealed.metadata_props[:]
+    values = to_metadata(description) | {"input": IMAGE if variant.takes_images else NORMALISED, "int8": variant.int8}
+    for key, value in ((KEY, canonical_json(values)), (DIGEST, ZEROS.decode())):
+        sealed.metadata_props.add(key=key, value=value)
+    if sealed.ByteSize() > MAX_BYTES:
+        raise InputError(f"the ONNX file would have {sealed.ByteSize():,} bytes, more than protobuf's 2 GiB")
+    data: bytes = sealed.SerializeToString(deterministic=True)
+    at = _digest_position(data)
+    return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + len(ZEROS) :]
+
+
+def write_onnx(path: Path, data: bytes) -> None:
+    """Write under a temporary name, then rename."""
+    with disk_errors(path), replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Read and check a file that siman exported. Raises InputError, one line that starts with the path."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise InputError(f"{path}: larger than 2 GiB, not an ONNX file")
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({(error.strerror or str(error)).lower()})") from error
+    try:
+        return parse_onnx(data)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
+
+
+def parse_onnx(data: bytes) -> OnnxFile:
+    """`read_onnx` of bytes."""
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except DecodeError:
+        raise InputError("damaged or not an ONNX file; export it again") from None
+    found = [prop.value for prop in model.metadata_props if prop.key == KEY]
+    if len(found) != 1 or not model.HasField("graph"):
+        raise InputError("not an ONNX file that siman exported (no `siman` metadata); `siman export` writes one")
+    _check_digest(data)
+    description, variant = _metadata(found[0])
+    _check_tensors(model)
+    _check_operators(model)
+    return OnnxFile(model, description, variant, data)
+
+
+def _digest_position(data: bytes) -> int:
+    if data.count(_BEFORE_DIGEST) != 1:
+        raise InputError("its checksum is missing or there twice; it was changed after the export; export it again")
+    return data.index(_BEFORE_DIGEST) + len(_BEFORE_DIGEST)
+
+
+def _check_digest(data: bytes) -> None:
+    at = _digest_position(data)
+    found = data[at : at + len(ZEROS)]
+    if hashlib.sha256(data[:at] + ZEROS + data[at + len(ZEROS) :]).hexdigest().encode() != found:
+        raise InputError("damaged, or changed after the export: its SHA-256 does not fit; export it again")
+
+
+def _metadata(text: str) -> tuple[Description, Variant]:
+    try:
+        values: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InputError("its `siman` metadata is not JSON") from None
+    if not isinstance(values, dict):
+        raise InputError("its `siman` metadata is not a JSON object")
+    kind, int8 = values.pop("input", None), values.pop("int8", None)
+    if kind not in (NORMALISED, IMAGE) or not isinstance(int8, bool):
+        raise InputError(
+            f"its metadata says input {kind!r}, int8 {int8!r}; expected {NORMALISED!r} or {IMAGE!r}, a boolean"
+        )
+    return from_metadata(values, "its metadata"), Variant(kind == IMAGE, int8)
+
+
+def _check_tensors(model: onnx.ModelProto) -> None:
+    """Every initializer holds what its shape says, in the file itself, and is finite."""
+    for tensor in _all_tensors(model):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            raise InputError(f"{tensor.name}: its values are in another file; siman writes one self-contained file")
+    for tensor in model.graph.initializer:
+        array = _array(tensor)
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise InputError(f"{tensor.name}: holds values that are not finite")
+
+
+def _all_tensors(message: Any) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a protobuf message, those of attributes, subgraphs and functions too."""
+    if isinstance(message, onnx.TensorProto):
+        yield message
+        return
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if field.is_repeated else (value,):
+                yield from _all_tensors(part)
+
+
+def _array(tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
+    if any(side < 0 for side in tensor.dims) or math.prod(tensor.dims) > MAX_BYTES:
+        raise InputError(f"{tensor.name}: shape {tuple(tensor.dims)} is impossible in a file of 2 GiB")
+    try:
+        return numpy_helper.to_array(tensor)
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{tensor.name}: its values do not fill its shape {tuple(tensor.dims)} ({error})") from None
+
+
+def _check_operators(model: onnx.ModelProto) -> None:
+    """Every binary convolution has its attributes, and weights and vectors that fit them."""
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    if versions.get(DOMAIN) != VERSION:
+        raise InputError(f"its {DOMAIN} operators are of version {versions.get(DOMAIN)}, this siman has {VERSION}")
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.domain == DOMAIN:
+            try:
+                _check_operator(node, tensors)
+            except InputError as error:
+                raise InputError(f"{node.name or 'unnamed node'}: {error}") from None
+
+
+def _check_operator(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> None:
+    if node.op_type != OP_NAME or len(node.input) != len(INPUTS):
+        raise InputError(f"{DOMAIN}.{node.op_type} of {len(node.input)} inputs; expected {OP_NAME} of {len(INPUTS)}")
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if attributes.keys() != set(ATTRIBUTES):
+        raise InputError(f"attributes {', '.join(sorted(attributes))}; expected {', '.join(sorted(ATTRIBUTES))}")
+    check_attributes(**attributes)
+    constants = dict(zip(INPUTS, node.input, strict=True))
+    missing = [name for name in ("W", "scale", "bias", "slope") if constants[name] not in tensors]
+    if missing:
+        raise InputError(f"{missing[0]} is not a constant of the file")
+    W = _array(tensors[constants["W"]])
+    check_packed(W, attributes["channels"])
+    for name in ("scale", "bias", "slope"):
+        vector = _array(tensors[constants[name]])
+        if vector.dtype != np.float32 or vector.shape != W.shape[:1]:
+            raise InputError(f"{name} is {vector.dtype} {vector.shape}, expected float32 {W.shape[:1]}")

@@ -1,0 +1,364 @@
+"""Does an exported file compute what the trained network does? Checked on real images, in every backend there is.
+
+Operators: one by one, on the inputs they get (`operator_check`). Bound: equal values, every one.
+
+Whole model: two backends see the same images, and the sign of every input of every binary convolution is compared. A
+rounding difference can flip the sign of an activation that lies on the threshold, and from there on two correct backends
+differ: that is a property of binary networks. So an image is judged at the first layer where a sign flips. Bounds:
+    the flipped activations lie within NEAR standard deviations of the threshold
+    an image without a flip has the same logits within LOGITS of its largest one
+How often that changes the answer is the top-1 agreement, which is reported, not judged. Nor is the whole model of int8
+weights, which differ by more than rounding.
+
+Weights: the bits in the file are those of the network, layer by layer.
+Preprocessing in the graph: within PIXELS of what evaluation does to an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from siman_convert.backends import ort_session, subject_onnx
+from siman_convert.data import (
+    Preprocess,
+    Source,
+    Transform,
+    eval_transform,
+    open_source,
+    pixel_transform,
+    spread_batches,
+)
+from siman_convert.errors import InputError
+from siman_convert.frozen import packed_layers
+from siman_convert.layers import exact_mean
+from siman_convert.onnx_export import INPUT, OUTPUT, binary_nodes
+from siman_convert.onnx_file import OnnxFile
+from siman_convert.onnx_op import INPUTS
+from siman_convert.operator_check import OperatorCheck, check_operators
+from siman_convert.packed import round_to_half
+from siman_convert.runs import Run, find_run
+from siman_convert.runtime import reference
+from siman_convert.subjects import (
+    SUFFIXES,
+    Subject,
+    Which,
+    is_file,
+    open_file,
+    packed_run,
+    run_subject,
+    subject_data,
+)
+
+NEAR = 1e-4  # standard deviations of the sample
+LOGITS = 1e-3  # of the image's largest |logit|
+PIXELS = 1.0  # of 255
+IMAGES = 256  # compared unless asked otherwise
+BATCH = 8  # images whose activations are held at once
+OPERATOR_IMAGES = 2
+REFERENCE_IMAGES = 4  # the reference is slow
+PREPROCESSED_IMAGES = 16
+
+Taps = dict[str, Tensor]  # layer -> its input (N, C, H, W)
+Runner = Callable[[Tensor], tuple[Tensor, Taps]]  # normalised images (N, C, H, W) -> logits, taps
+
+
+@dataclass
+class LayerFlips:
+    """Signs of a layer's input that two backends see differently; `farthest`: the distance from the threshold of those
+    that were an image's first, in standard deviations of its sample. unexplained: images where that was beyond NEAR."""
+
+    layer: str
+    signs: int = 0
+    flips: int = 0
+    farthest: float = 0.0
+    unexplained: int = 0
+
+
+@dataclass
+class ModelCheck:
+    """Two backends on the same images. agreeing: images with the same top-1. largest_difference: of a logit, as a share
+    of its image's largest one, over the images without a flip."""
+
+    backends: tuple[str, str]
+    layers: list[LayerFlips]
+    images: int = 0
+    agreeing: int = 0
+    without_flip: int = 0
+    largest_difference: float = 0.0
+
+
+@dataclass
+class Verification:
+    """Everything that was compared, and `failures`: one line for each bound that does not hold.
+
+    pixels: the largest difference of the graph's preprocessing from evaluation's, of 255; None where it has none.
+    """
+
+    operators: list[OperatorCheck]
+    models: list[ModelCheck]
+    pixels: float | None
+    failures: list[str]
+
+
+def verify_file(
+    file: OnnxFile, packed: nn.Module | None, source: Source, images: int, done: Callable[[int], None] = lambda _n: None
+) -> Verification:
+    """Compare `file` with the packed torch model it was exported from (None: there is none) on images of `source.val`.
+
+    `done` hears of the images compared, after every batch.
+    """
+    preprocess = file.description.preprocess
+    core = _without_preprocessing(file.model) if file.variant.takes_images else file.model
+    layers = {node.name: node.input[0] for node in binary_nodes(core)}
+    tapped = _tapped(core)
+    ort = _graph_runner(ort_session(tapped.SerializeToString()).run, layers)
+    batches = _images(source, eval_transform(preprocess), BATCH, images)
+    first = next(batches)
+    operators = list(check_operators(core, tapped, first[:OPERATOR_IMAGES]))
+    numpy = _graph_runner(reference.evaluator(tapped).run, layers)
+    models = [_compare(("reference", "onnxruntime"), numpy, ort, [first[:REFERENCE_IMAGES]], list(layers), done)]
+    if packed is not None:
+        rest = _with(first, batches)
+        models.append(_compare(("torch", "onnxruntime"), _torch_runner(packed), ort, rest, list(layers), done))
+    pixels = _pixel_difference(file, source) if file.variant.takes_images else None
+    failures = [line for check in operators for line in check.failures()]
+    failures += [] if packed is None else _different_weights(core, packed)
+    failures += [] if file.variant.int8 else [line for check in models for line in _model_failures(check)]
+    if pixels is not None and pixels > PIXELS:
+        failures.append(f"preprocessing: a pixel differs by {pixels:.2f} of 255 from evaluation's, more than {PIXELS}")
+    return Verification(operators, models, pixels, failures)
+
+
+def verify(
+    what: Run | str | Path | None = None,
+    *,
+    which: Which = "best",
+    data: str | None = None,
+    images: int = IMAGES,
+    output: Path = Path("runs"),
+    done: Callable[[int], None] = lambda _n: None,
+) -> dict[str, Verification]:
+    """Verify a run's exported files (without any: what it would export), or one file; None: the newest run in `output`.
+
+    A file in a run's folder is compared with the run's weights; elsewhere an ONNX file's graph is run by ONNX Runtime and
+    by the reference. Returns what was found under the name of each file. Raises InputError.
+    """
+    if isinstance(what, str | Path) and is_file(what):
+        subjects = [open_file(Path(what))]
+    else:
+        run = what if isinstance(what, Run) else find_run(what, output)
+        files = [path for suffix in SUFFIXES if (path := run.folder / f"model{suffix}").is_file()]
+        subjects = [open_file(path) for path in files] or [run_subject(run, which)]
+    return {subject.name: _verify_subject(subject, data, images, done) for subject in subjects}
+
+
+def _verify_subject(subject: Subject, data: str | None, images: int, done: Callable[[int], None]) -> Verification:
+    source, _ = verification_source(subject, data)
+    trained = _trained(subject)
+    found = verify_file(subject_onnx(subject), subject.packed or trained, source, images, done)
+    if subject.packed is not None and trained is not None:
+        found.failures[:0] = different_tensors(subject.packed, trained)
+    return found
+
+
+def _trained(subject: Subject) -> nn.Module | None:
+    """The packed form of the run's weights that a file was exported from, where the run is known."""
+    if subject.run is None:
+        return None
+    description = subject.description
+    packed = packed_run(subject.run, description.weights)
+    return round_to_half(packed) if description.half else packed
+
+
+def verification_source(subject: Subject, data: str | None) -> tuple[Source, str | None]:
+    """The images to verify on, and why they are not the network's own: labels do not matter here, so where those cannot be
+    had, scikit-learn's digits stand in. Raises InputError where `data` itself is wrong."""
+    if data is not None:
+        return subject_data(subject, data), None
+    try:
+        return subject_data(subject, None), None
+    except InputError as error:
+        return open_source("digits"), str(error)
+
+
+def different_tensors(packed: nn.Module, trained: nn.Module) -> list[str]:
+    """A line for each tensor of a packed model that is not the trained one's."""
+    found, expected = packed.state_dict(), trained.state_dict()
+    names = [name for name in expected if name not in found or not torch.equal(found[name], expected[name])]
+    return [f"{name}: not the run's values" for name in [*names, *(found.keys() - expected.keys())]]
+
+
+# The whole model
+
+
+def _compare(
+    backends: tuple[str, str],
+    a: Runner,
+    b: Runner,
+    batches: Iterable[Tensor],
+    layers: list[str],
+    done: Callable[[int], None],
+) -> ModelCheck:
+    check = ModelCheck(backends, [LayerFlips(layer) for layer in layers])
+    for images in batches:
+        (logits_a, taps_a), (logits_b, taps_b) = a(images), b(images)
+        flipped = torch.zeros(len(images), dtype=torch.bool)
+        for flips in check.layers:
+            flipped |= _count_flips(flips, taps_a[flips.layer], taps_b[flips.layer], flipped)
+        _compare_logits(check, logits_a, logits_b, flipped)
+        done(len(images))
+    return check
+
+
+def _count_flips(flips: LayerFlips, a: Tensor, b: Tensor, before: Tensor) -> Tensor:
+    """Add a layer's flips of a batch; which images have some, (N,). Those of an image without any `before` are judged."""
+    mean = exact_mean(a)
+    different = (a >= mean) != (b >= exact_mean(b))
+    flips.signs += different.numel()
+    flips.flips += int(different.sum())
+    here = different.flatten(1).any(dim=1)
+    std = a.flatten(1).std(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
+    distance = torch.where(different, torch.maximum((a - mean).abs(), (b - exact_mean(b)).abs()) / std, 0.0)
+    farthest = distance.flatten(1).amax(dim=1)[here & ~before]
+    flips.farthest = max([flips.farthest, *farthest.tolist()])
+    flips.unexplained += int((farthest > NEAR).sum())
+    return here
+
+
+def _compare_logits(check: ModelCheck, a: Tensor, b: Tensor, flipped: Tensor) -> None:
+    check.images += len(a)
+    check.agreeing += int((a.argmax(dim=1) == b.argmax(dim=1)).sum())
+    kept = ~flipped
+    check.without_flip += int(kept.sum())
+    share = (a - b).abs().amax(dim=1) / a.abs().amax(dim=1).clamp_min(1e-30)
+    check.largest_difference = max([check.largest_difference, *share[kept].tolist()])
+
+
+def _model_failures(check: ModelCheck) -> Iterator[str]:
+    first, second = check.backends
+    for index, flips in enumerate(check.layers):
+        if flips.unexplained:
+            before = f"between it and {check.layers[index - 1].layer}, or in that" if index else "before it"
+            yield (
+                f"{flips.layer}: {first} and {second} see its input differently, {flips.farthest:.1e} standard deviations "
+                f"from the threshold (bound {NEAR:.0e}), on {flips.unexplained} of {check.images} images; the cause is {before}"
+            )
+    if not check.largest_difference <= LOGITS:
+        last = check.layers[-1].layer if check.layers else "the input"
+        yield (
+            f"logits: {first} and {second} differ by {check.largest_difference:.1e} of the largest where no sign does "
+            f"(bound {LOGITS:.0e}); the cause is in {last} or behind it"
+        )
+
+
+def _different_weights(model: onnx.ModelProto, packed: nn.Module) -> Iterator[str]:
+    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    layers, seen = packed_layers(packed), set()
+    for node in binary_nodes(model):
+        name = node.name.partition("#")[0]
+        seen.add(name)
+        found = numpy_helper.to_array(tensors[node.input[INPUTS.index("W")]])
+        if name not in layers or not np.array_equal(found, layers[name].weight_bits.cpu().numpy()):
+            yield f"{name}: its bits in the file are not those of the network"
+    yield from (f"{name}: not in the file" for name in layers if name not in seen)
+
+
+def _torch_runner(packed: nn.Module) -> Runner:
+    @torch.no_grad()
+    def run(images: Tensor) -> tuple[Tensor, Taps]:
+        taps: Taps = {}
+
+        def record(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            name, calls = str(layer.name), 2
+            while name in taps:  # called again: the exported node has the same number
+                name, calls = f"{layer.name}#{calls}", calls + 1
+            taps[name] = inputs[0]
+
+        hooks = [layer.register_forward_pre_hook(record) for layer in packed_layers(packed).values()]
+        try:
+            return packed(images), taps
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    return run
+
+
+def _graph_runner(run: Callable[..., Any], layers: dict[str, str]) -> Runner:
+    """`run` is a session's or an evaluator's: (output names, feeds); `layers`: the value each one reads."""
+    values = sorted({value for value in layers.values() if value != INPUT})
+
+    def runner(images: Tensor) -> tuple[Tensor, Taps]:
+        logits, *read = run([OUTPUT, *values], {INPUT: images.numpy()})
+        by_value = {INPUT: images} | {
+            name: torch.from_numpy(np.asarray(v)) for name, v in zip(values, read, strict=True)
+        }
+        return torch.from_numpy(np.asarray(logits)), {layer: by_value[value] for layer, value in layers.items()}
+
+    return runner
+
+
+def _tapped(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy that also puts out what every binary convolution reads."""
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    given = {tensor.name for tensor in model.graph.initializer} | {INPUT, OUTPUT}
+    read = {node.input[INPUTS.index(name)] for node in binary_nodes(model) for name in ("X", "residual")}
+    for name in sorted(read - given):
+        tapped.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    return tapped
+
+
+# Images
+
+
+def _images(source: Source, transform: Transform, size: int, images: int) -> Iterator[Tensor]:
+    return (batch.images for batch in spread_batches(source.val, transform, batch_size=size, images=images))
+
+
+def _with(first: Tensor, rest: Iterator[Tensor]) -> Iterator[Tensor]:
+    yield first
+    yield from rest
+
+
+def _without_preprocessing(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The part of a graph that starts at the normalised pixels."""
+    core = onnx.ModelProto()
+    core.CopyFrom(model)
+    needed, nodes = {OUTPUT}, list[onnx.NodeProto]()
+    for node in reversed(model.graph.node):
+        if needed & set(node.output) and INPUT not in node.output:
+            nodes.insert(0, node)
+            needed |= set(node.input)
+    pixels = next(value for value in model.graph.value_info if value.name == INPUT)
+    del core.graph.node[:], core.graph.input[:]
+    core.graph.node.extend(nodes)
+    core.graph.input.append(pixels)
+    return core
+
+
+def _pixel_difference(file: OnnxFile, source: Source) -> float:
+    """The largest difference of a pixel between the graph's preprocessing and evaluation's, in 0..255 units."""
+    preprocess: Preprocess = file.description.preprocess
+    only = onnx.ModelProto()
+    only.CopyFrom(file.model)
+    pixels = next(value for value in file.model.graph.value_info if value.name == INPUT)
+    only.graph.output.append(pixels)
+    session = ort_session(only.SerializeToString())
+    units = 255 * torch.tensor(preprocess.std).view(1, -1, 1, 1)
+    expected = _images(source, eval_transform(preprocess), 1, PREPROCESSED_IMAGES)
+    given = _images(source, pixel_transform(preprocess), 1, PREPROCESSED_IMAGES)
+    largest = 0.0
+    for wanted, image in zip(expected, given, strict=True):
+        found = session.run([INPUT], {session.get_inputs()[0].name: image.numpy()})[0]
+        largest = max(largest, float(((torch.from_numpy(found) - wanted).abs() * units).max()))
+    return largest
