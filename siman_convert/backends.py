@@ -52,6 +52,13 @@ class ReferenceModel(nn.Module):
         return torch.from_numpy(np.asarray(logits[0]))
 
 
+def require_backend(name: str | None) -> Backend | None:
+    """A backend's name as the user gave it; InputError for any other."""
+    if name is not None and name not in BACKENDS:
+        raise InputError(f"--backend {name!r}: expected {', '.join(BACKENDS)}")
+    return name
+
+
 def default_backend(subject: Subject) -> Backend:
     """torch for what is a torch module, ONNX Runtime for an ONNX file."""
     return "torch" if subject.onnx is None else "onnxruntime"

@@ -103,12 +103,9 @@ def export(
     _check_options(format, half, int8, with_preprocess)
     subject = _open(what, runs, which)
     targets = _targets(subject, format, None if output is None else Path(output))
-    source, substitute = verification_source(subject, data)
-    if substitute is not None:
-        watcher.note(f"{substitute}; verifying on scikit-learn's digits instead")
-    watcher.note(f"writing the graph of {subject.name}")
-    measured = source if substitute is None else None
-    built = _build(subject, half, int8, with_preprocess, measured, images)
+    source, own = verification_source(subject, data, watcher)
+    watcher.say(f"writing the graph of {subject.name}")
+    built = _build(subject, half, int8, with_preprocess, source if own else None, images)
     description = description_of(built.packed)
     with ExitStack() as stack:
         for target in targets:
@@ -118,10 +115,7 @@ def export(
             _write(built, target.suffix, temporary)
             if target.suffix == ".safetensors":
                 _require_same(load(temporary), built.packed)
-        count = min(images, len(source.val))
-        watcher.note(f"verifying on {count} images")
-        watcher.start_evaluation(count)
-        verification = verify_file(parse_onnx(built.onnx), built.packed, source, images, watcher.evaluated)
+        verification = verify_file(parse_onnx(built.onnx), built.packed, source, images, watcher)
         if verification.failures:
             more = f" ({len(verification.failures) - 1} more)" if len(verification.failures) > 1 else ""
             raise MismatchError(f"the exported file is wrong, nothing was written: {verification.failures[0]}{more}")

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -35,7 +36,7 @@ from siman_convert.plans import Plan, make_plan
 from siman_convert.surgery import apply_plan
 
 GOLDEN_FILE = "b39a49d6a7fe2704337319b5e1175d0f771d28ee0982910c3c2f6869fd3d374b"
-GOLDEN_TENSORS = "?"
+GOLDEN_TENSORS = "3f5680c226f22270ab9a31979ee90fa09c1c57aa733e12b2e5879b65090f2c45"
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
 Values = dict[str, Any]
 Arrays = dict[str, np.ndarray]
@@ -587,8 +588,7 @@ def test_altered_with_care(case: str, written: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr(packed, "create", create)
     edit, message = ALTERED[case]
     text = refusal(forge(written, tmp_path / "m", edit))
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(text)
+    assert re.search(message, text), text
     assert set(devices) <= {"meta"}  # nothing of the size that a file asks for was allocated
     assert load(written) is not None
     assert devices[-2:] == ["meta", "cpu"]

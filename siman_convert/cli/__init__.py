@@ -9,14 +9,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from siman_convert.cli import convert, evaluate, inspect, models, recipes, runs
+from siman_convert.cli import convert, evaluate, export, inspect, models, predict, recipes, runs, verify
 from siman_convert.errors import SimanError
 
-HELP = """Turn a pretrained timm CNN into a binary neural network with SiMaN, fine-tune and evaluate it.
+HELP = """Turn a pretrained timm CNN into a binary neural network with SiMaN, fine-tune it, export one small file.
 
 \b
   siman inspect resnet18                                what would become binary
   siman convert resnet18 --data /imagenet --epochs 30   convert and fine-tune
+  siman export --format onnx                            one file that runs everywhere
   siman eval                                            accuracy of the newest run
 """
 
@@ -28,6 +29,9 @@ def make_app(rich_help: bool = True) -> typer.Typer:
     app.callback()(options)
     app.command("convert")(convert.convert)
     app.command("eval")(evaluate.evaluate)
+    app.command("export")(export.export)
+    app.command("predict")(predict.predict)
+    app.command("verify")(verify.verify)
     app.command("inspect")(inspect.inspect)
     app.command("models")(models.models)
     app.command("runs")(runs.runs)

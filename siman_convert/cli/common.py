@@ -11,6 +11,10 @@ SCHEMA_VERSION = 1  # of every --json output; raised when a field changes its me
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Output = Annotated[Path, typer.Option("--output", help="Folder that holds the runs.", show_default=True)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+BackendName = Annotated[
+    str | None,
+    typer.Option("--backend", help="torch, onnxruntime or reference; default: onnxruntime for ONNX files, else torch."),
+]
 Workers = Annotated[int, typer.Option("-j", "--workers", min=0, help="Processes that load images; 0: none.")]
 
 RUNS = Path("runs")

@@ -1,15 +1,17 @@
-"""`siman eval`: accuracy of a run's weights on its data."""
+"""`siman eval`: accuracy of a run's weights, or of an exported file, on images."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from siman_convert.cli.common import RUNS, Device, Json, Output, Workers, print_json
+from siman_convert.cli.common import RUNS, BackendName, Device, Json, Output, Workers, print_json
 
 
 def evaluate(
-    run: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run's name or folder; default: the newest.")
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|FILE]", help="A run, an .onnx or a .safetensors file; default: the newest run."),
     ] = None,
     last: Annotated[bool, typer.Option("--last", help="The last weights instead of the best.")] = False,
     full_precision: Annotated[
@@ -18,6 +20,7 @@ def evaluate(
     data: Annotated[
         str | None, typer.Option("--data", "--data-dir", help="Other data of the same classes; default: the run's.")
     ] = None,
+    backend: BackendName = None,
     batch_size: Annotated[
         int | None, typer.Option("-b", "--batch-size", min=1, help="Images at a time; default: the run's.")
     ] = None,
@@ -26,27 +29,42 @@ def evaluate(
     output: Output = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Evaluate a run on its validation images.
+    """Evaluate a run or an exported file on validation images.
 
     Prints top-1, top-5, loss and images a second.
     """
     from dataclasses import asdict
 
+    from siman_convert.backends import require_backend
     from siman_convert.errors import InputError
-    from siman_convert.evaluation import evaluate as evaluate_run
+    from siman_convert.evaluation import evaluate as evaluate_subject
     from siman_convert.runs import find_run
+    from siman_convert.subjects import is_file
 
     if last and full_precision:
         raise InputError("--last and --full-precision exclude each other")
+    file = what is not None and is_file(what)
+    if file and (last or full_precision):
+        raise InputError(f"{what} holds one network; --last and --full-precision are for runs")
     which = "last" if last else "full-precision" if full_precision else "best"
-    found = find_run(run, output)
-    metrics = evaluate_run(found, which=which, data=data, batch_size=batch_size, workers=workers, device=device)
+    found = Path(what) if file and what else find_run(what, output)
+    metrics = evaluate_subject(
+        found,
+        which=which,
+        data=data,
+        backend=require_backend(backend),
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+    )
+    name = str(found) if isinstance(found, Path) else str(found.folder)
+    weights = None if file else which
     if as_json:
         bad = [record._asdict() for record in metrics.bad]
         rate = {"images_per_second": metrics.images_per_second}
-        print_json({"run": str(found.folder), "weights": which, **asdict(metrics), **rate, "bad": bad})
+        print_json({"run": name, "weights": weights, **asdict(metrics), **rate, "bad": bad})
         return
-    print(f"{found.folder}, {which} weights, {metrics.images:,} images:")
+    print(f"{name}, {f'{weights} weights, ' if weights else ''}{metrics.images:,} images:")
     print(f"top-1 {metrics.top1:.2f} %   top-5 {metrics.top5:.2f} %   loss {metrics.loss:.4f}   "
           f"{metrics.images_per_second:.1f} images/s")  # fmt: skip
     for record in metrics.bad:

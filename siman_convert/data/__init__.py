@@ -1,5 +1,6 @@
 """Data: what the user names becomes two splits, a preprocessing, and loaders of batches."""
 
+from siman_convert.data.images import decode_image
 from siman_convert.data.loading import (
     BadRecord,
     Batch,
@@ -27,6 +28,7 @@ __all__ = [
     "StreamSplit",
     "Transform",
     "batches_per_epoch",
+    "decode_image",
     "eval_loader",
     "eval_transform",
     "iterate",

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import os
 import warnings
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
+
+from siman_convert.errors import InputError
 
 IMAGE_EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
@@ -34,6 +37,14 @@ def decode(file: BinaryIO | str) -> Image.Image:
         with Image.open(file) as image:
             image.load()
             return to_grey_or_rgb(image)
+
+
+def decode_image(path: Path) -> Image.Image:
+    """The image in a file, mode L or RGB; InputError where there is none."""
+    try:
+        return decode(str(path))
+    except Exception as error:  # Pillow's decoders raise anything
+        raise InputError(f"{printable(str(path))}: {reason(error)}; expected an image file") from error
 
 
 def header_size(file: BinaryIO | str) -> tuple[int, int]:
