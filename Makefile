@@ -7,8 +7,10 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/installed
 	$(BIN)/siman convert resnet18 --data digits --weights none --recipe demo
+	$(BIN)/siman export --format all
 	$(BIN)/siman eval
 	$(BIN)/siman eval --full-precision
+	$(BIN)/siman eval runs/$$(cat runs/last)/model.onnx
 	$(BIN)/siman runs
 
 test: $(VENV)/installed

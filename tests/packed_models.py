@@ -1,17 +1,19 @@
 """Networks as training could leave them, packed and described, and ways to run what is exported from them.
 
 timm zero-initialises the last BatchNorm of a residual block: such a block adds nothing, and any two versions of it agree.
-So every BatchNorm here gets gammas of both signs and statistics of its own inputs, and `flip_one_bit` is there to prove that
-the bits matter.
+So every BatchNorm here gets gammas of both signs and statistics of its own inputs, and `flipped` is there to prove that the bits
+matter.
 """
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import onnx
 import onnxruntime as ort
+import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -25,6 +27,7 @@ from siman_convert.onnx_op import DOMAIN
 from siman_convert.plans import Plan, make_plan
 from siman_convert.surgery import apply_plan
 
+Size = tuple[int, int, int]
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -46,6 +49,15 @@ class HandNet(nn.Module):
         x = self.dilated(self.uneven(x))
         x = self.point(F.relu(self.point(x)) + x)
         return self.head(x.mean((2, 3)))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For the modules that import it: small networks on a busy machine run several times as fast on one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def images(count: int, *size: int, seed: int = 5) -> Tensor:
@@ -75,18 +87,18 @@ def randomize(model: nn.Module, batch: Tensor) -> nn.Module:
     return model.eval()
 
 
-def siman_model(
-    name: str, size: tuple[int, int, int], classes: int, selection: str = "half", seed: int = 0
-) -> tuple[nn.Module, Plan]:
-    """A SiMaN model of timm's, or HandNet, with its plan."""
+def siman_model(name: str, size: Size, classes: int, selection: str = "half", seed: int = 0) -> tuple[nn.Module, Plan]:
+    """A SiMaN model of timm's, or HandNet, with its plan; timm's are planned at their own size, whatever `size` is."""
     torch.manual_seed(seed)
     model = HandNet() if name == "hand" else timm.create_model(name, num_classes=classes)
-    plan = make_plan(model, name=name, input_size=size)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")  # HandNet's own convolution
+        plan = make_plan(model, name=name, input_size=size if name == "hand" else None)
     apply_plan(model, plan, selection=selection)  # type: ignore[arg-type]
     return randomize(model, images(8, *size, seed=seed)), plan
 
 
-def description(plan: Plan, size: tuple[int, int, int], classes: int, name: str = "test_resnet") -> Description:
+def description(plan: Plan, size: Size, classes: int, name: str = "test_resnet") -> Description:
     return Description(
         architecture=name,
         plan=plan,
@@ -99,23 +111,19 @@ def description(plan: Plan, size: tuple[int, int, int], classes: int, name: str 
     )
 
 
-def packed_model(name: str, size: tuple[int, int, int], classes: int) -> nn.Module:
+def packed_model(name: str, size: Size, classes: int) -> nn.Module:
     model, plan = siman_model(name, size, classes)
     return describe(freeze(model), description(plan, size, classes, name))
 
 
-def flip_one_bit(layer: PackedConv2d, bit: int = 0) -> None:
-    """Turn one weight of one filter around: of the first tap, that of channel `bit`."""
-    layer.weight_bits[0, 0, 0, bit // 8] ^= 1 << bit % 8
-
-
 @contextlib.contextmanager
-def flipped(layer: PackedConv2d) -> Iterator[None]:
-    flip_one_bit(layer)
+def flipped(layer: PackedConv2d, filter_: int = 0) -> Iterator[None]:
+    """One weight of one filter is turned around: that of channel 0 in the first tap."""
+    layer.weight_bits[filter_, 0, 0, 0] ^= 1
     try:
         yield
     finally:
-        flip_one_bit(layer)
+        layer.weight_bits[filter_, 0, 0, 0] ^= 1
 
 
 def run_torch(model: nn.Module, x: Tensor) -> np.ndarray:

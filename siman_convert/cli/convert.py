@@ -200,5 +200,5 @@ def _print_result(result: "Result") -> None:
         print(f"unreadable      {result.bad_images} images skipped")
     print(f"run             {result.run}")
     print()
-    print(f"next: siman eval {result.run}")
-    print(f"      siman inspect {result.run}")
+    print(f"next: siman export {result.run}")
+    print(f"      siman eval {result.run}")

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from siman_convert.cli.common import RUNS, Json, Output, percent, print_json
+from siman_convert.cli.common import RUNS, Json, Output, megabytes, percent, print_json
 
 
 def runs(output: Output = RUNS, as_json: Json = False) -> None:
@@ -26,6 +26,7 @@ def runs(output: Output = RUNS, as_json: Json = False) -> None:
             "finished": progress.best_top1 is not None and done == recipe.epochs,
             "full_precision_top1": progress.top1("full-precision"),
             "best_top1": progress.best_top1,
+            "exported": {path.name: path.stat().st_size for path in sorted(run.folder.glob("model.*"))},
         }
 
     found = [describe(run) for run in all_runs(output)]
@@ -43,12 +44,13 @@ def _print_table(found: list[dict[str, Any]]) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("run", overflow="fold")
-    for title in ("state", "full precision", "binary"):
+    for title in ("state", "full precision", "binary", "exported"):
         table.add_column(title, no_wrap=True)
     for run in found:
         if "error" in run:
-            table.add_row(run["name"], "unreadable", "", "")
+            table.add_row(run["name"], "unreadable")
             continue
         state = "finished" if run["finished"] else f"{run['phase']} {run['epochs_done']}/{run['epochs']}"
-        table.add_row(run["name"], state, percent(run["full_precision_top1"]), percent(run["best_top1"]))
+        files = "\n".join(f"{name} {megabytes(size)}" for name, size in run["exported"].items())
+        table.add_row(run["name"], state, percent(run["full_precision_top1"]), percent(run["best_top1"]), files)
     Console().print(table)
