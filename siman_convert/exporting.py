@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -23,7 +23,7 @@ from siman_convert.backends import OnnxRuntimeModel
 from siman_convert.costs import Costs, plan_costs
 from siman_convert.data import Preprocess, Source, eval_transform, spread_batches
 from siman_convert.description import Description, description_of
-from siman_convert.errors import InputError, MismatchError
+from siman_convert.errors import InputError, MismatchError, SimanError
 from siman_convert.files import disk_errors, replacing
 from siman_convert.metrics import Metrics, evaluate_model
 from siman_convert.models import create
@@ -33,6 +33,7 @@ from siman_convert.onnx_fold import Folding
 from siman_convert.onnx_int8 import quantize_rest
 from siman_convert.onnx_preprocess import add_preprocess
 from siman_convert.packed import load, round_to_half, save_packed
+from siman_convert.runs import require_usable
 from siman_convert.subjects import SUFFIXES, Subject, Which, open_subject
 from siman_convert.verification import IMAGES, Verification, different_tensors, verification_source, verify_file
 from siman_convert.watch import Watcher
@@ -106,19 +107,12 @@ def export(
     source, own = verification_source(subject, data, watcher)
     watcher.say(f"writing the graph of {subject.name}")
     built = _build(subject, half, int8, with_preprocess, source if own else None, images)
+    verification = verify_file(parse_onnx(built.onnx), built.packed, source, images, watcher)
+    if verification.failures:
+        more = f" ({len(verification.failures) - 1} more)" if len(verification.failures) > 1 else ""
+        raise MismatchError(f"the exported file is wrong, nothing was written: {verification.failures[0]}{more}")
+    _write_all(built, targets)
     description = description_of(built.packed)
-    with ExitStack() as stack:
-        for target in targets:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(disk_errors(target))
-            temporary = stack.enter_context(replacing(target))
-            _write(built, target.suffix, temporary)
-            if target.suffix == ".safetensors":
-                _require_same(load(temporary), built.packed)
-        verification = verify_file(parse_onnx(built.onnx), built.packed, source, images, watcher)
-        if verification.failures:
-            more = f" ({len(verification.failures) - 1} more)" if len(verification.failures) > 1 else ""
-            raise MismatchError(f"the exported file is wrong, nothing was written: {verification.failures[0]}{more}")
     with torch.device("meta"):
         skeleton = create(description.architecture, len(description.classes))
     costs = plan_costs(skeleton, description.plan)
@@ -166,11 +160,39 @@ def _change(before: Metrics | None, after: Metrics | None) -> AccuracyChange | N
     return AccuracyChange(before.top1, after.top1, after.images) if before and after else None
 
 
-def _write(built: _Built, suffix: str, path: Path) -> None:
-    if suffix == ".safetensors":
-        save_packed(built.packed, path)
-    else:
-        path.write_bytes(built.onnx)
+def _write_all(built: _Built, targets: tuple[Path, ...]) -> None:
+    """All files under temporary names first, then all renamed."""
+    with ExitStack() as stack:
+        for target in targets:
+            stack.enter_context(disk_errors(target))
+            stack.enter_context(_folder(target.parent))
+            temporary = stack.enter_context(replacing(target))
+            if target.suffix == ".onnx":
+                temporary.write_bytes(built.onnx)
+            else:
+                _write_packed(built.packed, temporary, target)
+
+
+def _write_packed(packed: nn.Module, temporary: Path, target: Path) -> None:
+    try:
+        save_packed(packed, temporary)
+        _require_same(load(temporary), packed)
+    except SimanError as error:  # it names the temporary file
+        raise type(error)(str(error).replace(str(temporary), str(target))) from error
+
+
+@contextmanager
+def _folder(path: Path) -> Iterator[None]:
+    """Make a folder; what was made of it is taken away again when something fails."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]  # innermost first
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # somebody else put something there
+                folder.rmdir()
+        raise
 
 
 def _require_same(loaded: nn.Module, packed: nn.Module) -> None:
@@ -199,13 +221,17 @@ def _open(what: nn.Module | str | Path | None, runs: Path, which: Which) -> Subj
 
 
 def _targets(subject: Subject, format: Format, output: Path | None) -> tuple[Path, ...]:
-    """The files to write."""
+    """The files to write; InputError for a place where they cannot be."""
     suffixes = SUFFIXES if format == "all" else (f".{format}",)
     if output is not None and output.suffix in SUFFIXES and not output.is_dir():
         if suffixes != (output.suffix,):
-            raise InputError(f"--output {output} is one {output.suffix} file, --format {format} is not; name a folder")
-        return (output,)
-    folder = output or subject.folder
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {output}: a file without a known suffix; expected a folder, .onnx or .safetensors")
-    return tuple(folder / f"model{suffix}" for suffix in suffixes)
+            meant = f"add --format {output.suffix[1:]}" if format != "all" else "leave the suffix out"
+            raise InputError(f"--output {output} does not fit --format {format}: {meant}, or name a folder")
+        targets: tuple[Path, ...] = (output,)
+    else:
+        folder = output or subject.folder
+        targets = tuple(folder / f"model{suffix}" for suffix in suffixes)
+    require_usable(targets[0].parent, None)
+    if taken := [target for target in targets if target.is_dir()]:
+        raise InputError(f"{taken[0]} is a folder, a file is to be written there; choose another --output")
+    return targets

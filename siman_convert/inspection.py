@@ -8,6 +8,8 @@ from torch import nn
 
 from siman_convert.costs import Costs, plan_costs
 from siman_convert.models import create, require_known
+from siman_convert.onnx_file import read_onnx
+from siman_convert.packed import read_description
 from siman_convert.plans import Plan, Size, make_plan
 from siman_convert.runs import Run
 
@@ -37,6 +39,14 @@ def inspect_model(
         model = create(name, classes)
     decided = make_plan(model, name=name, keep=keep, binarize=binarize)
     return decided, plan_costs(model, decided)
+
+
+def inspect_file(path: Path) -> tuple[Plan, Costs]:
+    """The plan an exported file was made with and its costs."""
+    description = read_onnx(path).description if path.suffix == ".onnx" else read_description(path)
+    with torch.device("meta"):
+        model = create(description.architecture, len(description.classes))
+    return description.plan, plan_costs(model, description.plan)
 
 
 def inspect_run(folder: Path) -> tuple[Plan, Costs]:

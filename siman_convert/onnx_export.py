@@ -11,9 +11,10 @@ from __future__ import annotations
 import io
 import logging
 import warnings
-from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from itertools import count
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,7 +49,6 @@ def build_onnx(model: nn.Module) -> tuple[onnx.ModelProto, Folding]:
     report = fold(graph)
     passes.RemoveUnusedNodesPass()(exported)
     passes.RemoveUnusedOpsetsPass()(exported)
-    passes.ClearMetadataAndDocStringPass()(exported)
     _name_nodes(graph)
     return _finish(exported), report
 
@@ -66,7 +66,8 @@ def _export(model: nn.Module) -> ir.Model:
                 input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: batch},),
             )  # fmt: skip
         except Exception as error:  # the exporter's errors share no base class
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            cause = error.__cause__ or error  # its own text only says which step failed
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise SimanError(f"{description_of(model).architecture}: torch's ONNX exporter failed: {reason}") from error
     assert program is not None  # dynamo=True returns a program
     return program.model
@@ -100,28 +101,49 @@ def _name_nodes(graph: ir.Graph) -> None:
 
     The exporter's own names count its steps, and depend on its version.
     """
-    used = Counter(node.name for node in graph if node.domain == DOMAIN)
+    used = {node.name for node in graph if node.domain == DOMAIN}
     for node in graph:
         if node.domain == DOMAIN:
             continue
         owners = [value.name.rpartition(".") for value in node.inputs if value is not None and value.name]
         owner = next((name for name, _, last in owners if last.startswith("weight")), "")
         base = owner if owner and not _is_widening(node) else node.op_type
-        used[base] += 1
-        node.name = base if used[base] == 1 else f"{base}_{used[base]}"
+        # A module may be called as the second node of another would be: the next free number.
+        node.name = next(name for name in _numbered(base) if name not in used)
+        used.add(node.name)
     for node in graph:
         for index, value in enumerate(node.outputs):
             if not value.is_graph_output():
                 value.name = f"{node.name}/out{index or ''}"
 
 
+def _numbered(base: str) -> Iterator[str]:
+    yield base
+    yield from (f"{base}_{number}" for number in count(2))
+
+
 def _finish(exported: ir.Model) -> onnx.ModelProto:
     model = ir.serde.serialize_model(exported)
+    _strip(model)
     model.producer_name, model.producer_version, model.graph.name = "siman", "", "siman"
     opsets = {opset.domain: opset.version for opset in model.opset_import}
     assert opsets.get(DOMAIN) == VERSION, opsets
     model.functions.append(function_body(opsets[""]))
     return model
+
+
+def _strip(message: Any) -> None:
+    """Take the exporter's notes (source lines, its own names) off a protobuf message and everything in it.
+
+    onnx_ir's pass for it leaves those of the values.
+    """
+    for name in ("doc_string", "metadata_props"):
+        if name in message.DESCRIPTOR.fields_by_name:
+            message.ClearField(name)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if field.is_repeated else (value,):
+                _strip(part)
 
 
 def binary_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
@@ -131,12 +153,12 @@ def binary_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch's exporter reports on stdout, in warnings and in logs; what matters is raised."""
+    """torch's exporter reports on stdout and stderr, in warnings and in logs; what matters is raised."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -24,9 +24,8 @@ from onnx import numpy_helper
 from siman_convert.bits import check_packed
 from siman_convert.description import KEY, Description, canonical_json
 from siman_convert.errors import InputError
-from siman_convert.files import disk_errors, replacing
+from siman_convert.metadata import from_metadata, to_metadata
 from siman_convert.onnx_op import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, VERSION
-from siman_convert.packed import from_metadata, to_metadata
 from siman_convert.runtime.reference import check_attributes
 
 DIGEST = "siman.sha256"
@@ -69,15 +68,11 @@ def seal(model: onnx.ModelProto, description: Description, variant: Variant) -> 
     return data[:at] + hashlib.sha256(data).hexdigest().encode() + data[at + len(ZEROS) :]
 
 
-def write_onnx(path: Path, data: bytes) -> None:
-    """Write under a temporary name, then rename."""
-    with disk_errors(path), replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
 def read_onnx(path: Path) -> OnnxFile:
     """Read and check a file that siman exported. Raises InputError, one line that starts with the path."""
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise InputError(f"{path}: not a file; expected the model.onnx that `siman export` wrote")
         if path.stat().st_size > MAX_BYTES:
             raise InputError(f"{path}: larger than 2 GiB, not an ONNX file")
         data = path.read_bytes()
@@ -91,6 +86,14 @@ def read_onnx(path: Path) -> OnnxFile:
 
 def parse_onnx(data: bytes) -> OnnxFile:
     """`read_onnx` of bytes."""
+    try:
+        return _parse(data)
+    except InputError as error:  # names in the file may hold anything
+        text = "".join(character if character.isprintable() else " " for character in str(error))
+        raise InputError(text[:900]) from None
+
+
+def _parse(data: bytes) -> OnnxFile:
     try:
         model = onnx.ModelProto.FromString(data)
     except DecodeError:
@@ -140,7 +143,7 @@ def _check_tensors(model: onnx.ModelProto) -> None:
             raise InputError(f"{tensor.name}: its values are in another file; siman writes one self-contained file")
     for tensor in model.graph.initializer:
         array = _array(tensor)
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if array.dtype.kind in "fcV" and not np.isfinite(array).all():  # V: ONNX's types that numpy lacks, as bfloat16
             raise InputError(f"{tensor.name}: holds values that are not finite")
 
 
@@ -181,9 +184,7 @@ def _check_operators(model: onnx.ModelProto) -> None:
 def _check_operator(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> None:
     if node.op_type != OP_NAME or len(node.input) != len(INPUTS):
         raise InputError(f"{DOMAIN}.{node.op_type} of {len(node.input)} inputs; expected {OP_NAME} of {len(INPUTS)}")
-    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
-    if attributes.keys() != set(ATTRIBUTES):
-        raise InputError(f"attributes {', '.join(sorted(attributes))}; expected {', '.join(sorted(ATTRIBUTES))}")
+    attributes = _attributes(node)
     check_attributes(**attributes)
     constants = dict(zip(INPUTS, node.input, strict=True))
     missing = [name for name in ("W", "scale", "bias", "slope") if constants[name] not in tensors]
@@ -191,7 +192,22 @@ def _check_operator(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) 
         raise InputError(f"{missing[0]} is not a constant of the file")
     W = _array(tensors[constants["W"]])
     check_packed(W, attributes["channels"])
+    if len(W) % attributes["group"]:
+        raise InputError(f"{len(W)} filters cannot be split into {attributes['group']} groups")
     for name in ("scale", "bias", "slope"):
         vector = _array(tensors[constants[name]])
         if vector.dtype != np.float32 or vector.shape != W.shape[:1]:
             raise InputError(f"{name} is {vector.dtype} {vector.shape}, expected float32 {W.shape[:1]}")
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """All that the operator has, each once and of its type."""
+    names = sorted(str(attribute.name) for attribute in node.attribute)  # a name that is not UTF-8 comes as bytes
+    if names != sorted(ATTRIBUTES):
+        raise InputError(f"attributes {', '.join(names)}; expected {', '.join(sorted(ATTRIBUTES))}")
+    kinds = onnx.defs.get_schema(OP_NAME, VERSION, DOMAIN).attributes
+    for attribute in node.attribute:
+        kind = kinds[attribute.name].type
+        if attribute.type != kind.value or attribute.ref_attr_name:
+            raise InputError(f"attribute {attribute.name} is not of type {kind.name}")
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -19,37 +19,26 @@ are checked. It unpickles nothing, runs nothing from the file and needs no netwo
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 from torch import Tensor, nn
 
 from siman_convert.bits import check_packed
-from siman_convert.description import (
-    FORMAT,
-    KEY,
-    Description,
-    as_half,
-    canonical_json,
-    describe,
-    description_of,
-)
+from siman_convert.description import KEY, Description, as_half, describe, description_of
 from siman_convert.errors import InputError
 from siman_convert.files import disk_errors, replacing
 from siman_convert.frozen import empty_packed, halved_names, packed_layers
+from siman_convert.metadata import AGAIN, located, seal, to_metadata, unseal
 from siman_convert.models import create, require_known
-from siman_convert.plans import Plan
 
 Array = npt.NDArray[Any]  # little-endian, C order, of one of these dtypes
 MAX_BYTES = 8 << 30  # three times what the largest CNN of timm takes
@@ -58,34 +47,6 @@ _NUMPY_CODES = {"F32": "<f4", "F16": "<f2", "I64": "<i8", "U8": "|u1"}
 _DTYPES: dict[str, np.dtype[Any]] = {code: np.dtype(numpy_code) for code, numpy_code in _NUMPY_CODES.items()}
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _TORCH_CODES = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8"}
-_AGAIN = "the file is damaged or not complete: export it again"
-
-
-def to_metadata(description: Description) -> dict[str, Any]:
-    """The description as plain JSON values. Raises InputError where `from_metadata` would not give it back."""
-    return _values(_description(_values(description)))  # the inner values may have 1 for 1.0
-
-
-def from_metadata(values: Any, where: str) -> Description:
-    """The inverse of `to_metadata`; InputError, naming the field and `where`, for anything that it does not write."""
-    with _located(where):
-        return _description(values)
-
-
-def seal(values: Mapping[str, Any], tensors: str) -> str:
-    """Canonical JSON of metadata and digests; `tensors`: the SHA-256 of the tensors, hex."""
-    digests = {"metadata": _sha256(canonical_json(values)), "tensors": tensors}
-    return canonical_json({**values, "sha256": digests})
-
-
-def unseal(text: str) -> tuple[Description, str]:
-    """The inverse of `seal`: the description, and the SHA-256 that the tensors should have. Raises InputError."""
-    values = _canonical(text)
-    _require_format(values)
-    digests = values.pop("sha256", None)
-    if not isinstance(digests, dict) or digests.get("metadata") != _sha256(canonical_json(values)):
-        raise InputError(f"the metadata do not have the SHA-256 that they state; {_AGAIN}")
-    return _description(values), str(digests.get("tensors"))
 
 
 def tensors_digest(arrays: Mapping[str, Array]) -> str:
@@ -106,7 +67,7 @@ def save_packed(model: nn.Module, path: Path) -> int:
     Raises InputError for values that are not finite, dtypes other than float32, int64 and uint8, and values that `half`
     promises to be float16 but are not.
     """
-    with _located(path):
+    with located(path):
         if path.is_dir() or not path.parent.is_dir():
             raise InputError("cannot be written there; expected the name of a file in a folder that exists")
         description = description_of(model)
@@ -143,12 +104,12 @@ def load(path: str | Path) -> nn.Module:
     Raises InputError, one line that begins with the path, for anything else, damaged files included.
     """
     path = Path(path)
-    with _located(path):
+    with located(path):
         data = _read(path, header_only=False)
         arrays = _arrays(data)
         description, digest = unseal(_metadata(data))
         if tensors_digest(arrays) != digest:
-            raise InputError(f"the tensors do not have the SHA-256 that the metadata state; {_AGAIN}")
+            raise InputError(f"the tensors do not have the SHA-256 that the metadata state; {AGAIN}")
         require_known(description.architecture)
         skeleton = _empty_model(description, "meta")
         _require_fit(skeleton, arrays, description.half)
@@ -159,70 +120,8 @@ def load(path: str | Path) -> nn.Module:
 def read_description(path: str | Path) -> Description:
     """What a file says about itself, from its first kilobytes; the tensors are neither read nor checked."""
     path = Path(path)
-    with _located(path):
+    with located(path):
         return unseal(_metadata(_read(path, header_only=True)))[0]
-
-
-def _values(description: Description) -> dict[str, Any]:
-    fields: dict[str, Any] = _json().dump_python(description, mode="json", warnings=False)
-    return {"format": FORMAT, "arguments": {"num_classes": len(description.classes)}, **fields}
-
-
-def _description(values: Any) -> Description:
-    _require_format(values)
-    try:
-        description = _json().validate_json(_json_text(values), strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InputError(f"metadata: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-    Plan.from_dict(values["plan"])  # two decisions for one layer
-    if not description.classes:
-        raise InputError("metadata: classes: expected at least one")
-    # What passes up to here: another number of classes, a default left out, unknown fields at any depth, 1 for 1.0.
-    written = _values(description)
-    for name in sorted(values.keys() | written.keys()):
-        wanted, found = (_json_text(v[name]) if name in v else "nothing" for v in (written, values))
-        if wanted != found:
-            raise InputError(f"metadata: {name}: expected {wanted[:300]}, found {found[:300]}")
-    return description
-
-
-@cache
-def _json() -> TypeAdapter[Description]:
-    return TypeAdapter(Description)
-
-
-def _require_format(values: Any) -> None:
-    """Goes before every other check: nothing else is known of another format."""
-    found = values.get("format") if isinstance(values, dict) else None
-    if type(found) is int and found > FORMAT:
-        raise InputError(f"the file is of format {found}, this siman reads up to {FORMAT}: upgrade siman")
-    if type(found) is not int or found != FORMAT:
-        raise InputError(f"metadata: format: expected {FORMAT}, found {str(found)[:40]}; {_AGAIN}")
-
-
-def _json_text(values: Any) -> str:
-    try:
-        text = canonical_json(values)
-        text.encode()  # a lone surrogate, which a class named after a folder may have, is not UTF-8
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InputError(f"metadata: cannot be written as JSON in UTF-8: {error}") from error
-    return text
-
-
-def _canonical(text: str) -> Any:
-    """Parse canonical JSON. Anything else is damage: two texts of one value would have one digest."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"metadata: not JSON ({error}); {_AGAIN}") from error
-    if _json_text(values) != text:
-        raise InputError(f"metadata: not canonical JSON; {_AGAIN}")
-    return values
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _layout(model: nn.Module, half: bool) -> dict[str, tuple[Tensor, str]]:
@@ -269,13 +168,13 @@ def _require_fit(model: nn.Module, arrays: Mapping[str, Array], half: bool) -> N
     for name, (tensor, code) in layout.items():
         wanted = f"{code} of shape {tuple(tensor.shape)}"
         if name not in arrays:
-            raise InputError(f"{name} is missing, expected {wanted}; {_AGAIN}")
+            raise InputError(f"{name} is missing, expected {wanted}; {AGAIN}")
         found = f"{_CODES[arrays[name].dtype]} of shape {arrays[name].shape}"
         if found != wanted:
-            raise InputError(f"{name}: expected {wanted}, found {found}; {_AGAIN}")
+            raise InputError(f"{name}: expected {wanted}, found {found}; {AGAIN}")
     extra = sorted(arrays.keys() - layout.keys())
     if extra:
-        raise InputError(f"{extra[0]} is not a tensor of this model, {len(extra)} such in all; {_AGAIN}")
+        raise InputError(f"{extra[0]} is not a tensor of this model, {len(extra)} such in all; {AGAIN}")
 
 
 def _empty_model(description: Description, device: str) -> nn.Module:
@@ -303,7 +202,7 @@ def _read(path: Path, header_only: bool) -> bytes:
                 raise InputError(f"{size} bytes, larger than any packed model ({MAX_BYTES} at most)")
             length = 8 + int.from_bytes(file.read(8), "little")
             if not 8 < length <= min(size, 8 + _MAX_HEADER):
-                raise InputError(f"not a safetensors file, or cut off ({size} bytes); {_AGAIN}")
+                raise InputError(f"not a safetensors file, or cut off ({size} bytes); {AGAIN}")
             file.seek(0)
             return file.read(length if header_only else size)
     except OSError as error:
@@ -321,7 +220,7 @@ def _metadata(data: bytes) -> str:
         reason = f"not a packed model: its header has no metadata {KEY!r}"
         raise InputError(f"{reason}; expected the file that `siman export` wrote") from error
     if len(metadata) != 1 or not isinstance(text, str):
-        raise InputError(f"metadata: expected the one text {KEY!r}, found {', '.join(map(repr, metadata))}; {_AGAIN}")
+        raise InputError(f"metadata: expected the one text {KEY!r}, found {', '.join(map(repr, metadata))}; {AGAIN}")
     return text
 
 
@@ -330,18 +229,8 @@ def _arrays(data: bytes) -> dict[str, Array]:
     try:
         entries: list[tuple[str, dict[str, Any]]] = deserialize(data)  # type: ignore[no-untyped-call]
     except SafetensorError as error:
-        raise InputError(f"not a safetensors file, or cut off ({error}); {_AGAIN}") from error
+        raise InputError(f"not a safetensors file, or cut off ({error}); {AGAIN}") from error
     for name, entry in entries:
         if entry["dtype"] not in _DTYPES:
-            raise InputError(f"{name}: dtype {entry['dtype']}; a packed model has {', '.join(_DTYPES)} only; {_AGAIN}")
+            raise InputError(f"{name}: dtype {entry['dtype']}; a packed model has {', '.join(_DTYPES)} only; {AGAIN}")
     return {name: np.ndarray(entry["shape"], _DTYPES[entry["dtype"]], entry["data"]) for name, entry in entries}
-
-
-@contextlib.contextmanager
-def _located(where: str | Path) -> Iterator[None]:
-    """Begin every InputError with the file, and keep it one short line whatever names stand in the file."""
-    try:
-        yield
-    except InputError as error:
-        text = "".join(character if character.isprintable() else " " for character in str(error))
-        raise InputError(f"{where}: {text[:900]}") from error

@@ -65,9 +65,21 @@ def open_file(path: Path) -> Subject:
     run = Run(path.parent) if (path.parent / "run.json").is_file() else None
     if path.suffix == ".onnx":
         file = read_onnx(path)
+        _require_described(file, path)
         return Subject(str(path), path.parent, file.description, run, onnx=file)
     packed = load(path)
     return Subject(str(path), path.parent, description_of(packed), run, packed=packed)
+
+
+def _require_described(file: OnnxFile, path: Path) -> None:
+    """InputError where the graph takes or gives something else than the description says."""
+    (channels, height, width), classes = file.description.preprocess.input_size, len(file.description.classes)
+    takes = (0, 0, 0, channels) if file.variant.takes_images else (0, channels, height, width)  # 0: any size
+    graph = file.model.graph
+    for values, wanted in ((graph.input, takes), (graph.output, (0, classes))):
+        found = [tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in values]
+        if found != [wanted]:
+            raise InputError(f"{path}: its graph has shapes {found}, its metadata say {wanted}; export it again")
 
 
 def packed_run(run: Run, which: Which = "best") -> nn.Module:
@@ -120,7 +132,7 @@ def open_run_data(run: Run, data: str | None = None) -> Source:
 def subject_data(subject: Subject, data: str | None) -> Source:
     """The images a subject can be tried on: `data`, else its run's. Raises InputError when it has other classes."""
     if subject.run is not None:
-        return open_run_data(subject.run, data)
+        return _of_classes(open_run_data(subject.run, data), subject.description.classes, subject.name)
     if data is None:
         raise InputError(f"{subject.name} does not say where images are; name some with --data")
     return _of_classes(open_source(data), subject.description.classes, subject.name)

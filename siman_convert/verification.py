@@ -37,6 +37,7 @@ from siman_convert.data import (
     pixel_transform,
     spread_batches,
 )
+from siman_convert.description import Description, description_of
 from siman_convert.errors import InputError
 from siman_convert.frozen import packed_layers
 from siman_convert.layers import exact_mean
@@ -63,6 +64,7 @@ NEAR = 1e-4  # standard deviations of the sample
 LOGITS = 1e-3  # of the image's largest |logit|
 PIXELS = 6.0  # of 255; 2 were measured, and 6 with a Pillow before 13, which resizes in another order
 IMAGES = 256  # compared unless asked otherwise
+FAR = torch.finfo(torch.float32).max  # what NaN and infinite differences count as; JSON has neither
 BATCH = 8  # images whose activations are held at once
 OPERATOR_IMAGES = 2
 REFERENCE_IMAGES = 4  # the reference is slow
@@ -113,9 +115,12 @@ class Verification:
 def verify_file(
     file: OnnxFile, packed: nn.Module | None, source: Source, images: int, watcher: Watcher
 ) -> Verification:
-    """Compare `file` with the packed torch model it was exported from (None: there is none) on images of `source.val`."""
-    images = min(images, len(source.val))
-    watcher.say(f"verifying on {images} images of {source.name}")
+    """Compare `file` with the packed torch model it was exported from on images of `source.val`.
+
+    None: there is none; then only the reference, which is slow, runs beside ONNX Runtime.
+    """
+    images = min(images if packed is not None else REFERENCE_IMAGES, images, len(source.val))
+    watcher.say(f"verifying on {images} image{'s' if images > 1 else ''} of {source.name}")
     preprocess = file.description.preprocess
     core = _without_preprocessing(file.model) if file.variant.takes_images else file.model
     layers = {node.name: node.input[0] for node in binary_nodes(core)}
@@ -165,9 +170,13 @@ def verify(
 def _verify_subject(subject: Subject, data: str | None, images: int, watcher: Watcher) -> Verification:
     source = verification_source(subject, data, watcher)[0]
     trained = _trained(subject)
+    foreign = [] if trained is None else list(_differences(subject, description_of(trained)))
+    if foreign:  # nothing here that it could be compared with
+        trained = None
     found = verify_file(subject_onnx(subject), subject.packed or trained, source, images, watcher)
     if subject.packed is not None and trained is not None:
         found.failures[:0] = different_tensors(subject.packed, trained)
+    found.failures[:0] = foreign
     return found
 
 
@@ -178,6 +187,14 @@ def _trained(subject: Subject) -> nn.Module | None:
     description = subject.description
     packed = packed_run(subject.run, description.weights)
     return round_to_half(packed) if description.half else packed
+
+
+def _differences(subject: Subject, trained: Description) -> Iterator[str]:
+    """A line where a file in a run's folder is not of that run's network at all."""
+    names = ("architecture", "plan", "preprocess", "classes")
+    other = [name for name in names if getattr(subject.description, name) != getattr(trained, name)]
+    if other:
+        yield f"the file is not of the run it lies in: it has another {', another '.join(other)}"
 
 
 def verification_source(subject: Subject, data: str | None, watcher: Watcher) -> tuple[Source, bool]:
@@ -229,8 +246,8 @@ def _count_flips(flips: LayerFlips, a: Tensor, b: Tensor, before: Tensor) -> Ten
     flips.flips += int(different.sum())
     here = different.flatten(1).any(dim=1)
     std = a.flatten(1).std(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-    distance = torch.where(different, torch.maximum((a - mean).abs(), (b - exact_mean(b)).abs()) / std, 0.0)
-    farthest = distance.flatten(1).amax(dim=1)[here & ~before]
+    distance = torch.maximum((a - mean).abs(), (b - exact_mean(b)).abs()) / std
+    farthest = torch.where(different, distance.nan_to_num(nan=FAR), 0.0).flatten(1).amax(dim=1)[here & ~before]
     flips.farthest = max([flips.farthest, *farthest.tolist()])
     flips.unexplained += int((farthest > NEAR).sum())
     return here
@@ -241,7 +258,7 @@ def _compare_logits(check: ModelCheck, a: Tensor, b: Tensor, flipped: Tensor) ->
     check.agreeing += int((a.argmax(dim=1) == b.argmax(dim=1)).sum())
     kept = ~flipped
     check.without_flip += int(kept.sum())
-    share = (a - b).abs().amax(dim=1) / a.abs().amax(dim=1).clamp_min(1e-30)
+    share = ((a - b).abs().amax(dim=1) / a.abs().amax(dim=1).clamp_min(1e-30)).nan_to_num(nan=FAR)
     check.largest_difference = max([check.largest_difference, *share[kept].tolist()])
 
 
@@ -254,7 +271,7 @@ def _model_failures(check: ModelCheck) -> Iterator[str]:
                 f"{flips.layer}: {first} and {second} see its input differently, {flips.farthest:.1e} standard deviations "
                 f"from the threshold (bound {NEAR:.0e}), on {flips.unexplained} of {check.images} images; the cause is {before}"
             )
-    if not check.largest_difference <= LOGITS:
+    if check.largest_difference > LOGITS:
         last = check.layers[-1].layer if check.layers else "the input"
         yield (
             f"logits: {first} and {second} differ by {check.largest_difference:.1e} of the largest where no sign does "
@@ -362,5 +379,5 @@ def _pixel_difference(file: OnnxFile, source: Source) -> float:
     largest = 0.0
     for wanted, image in zip(expected, given, strict=True):
         found = session.run([INPUT], {session.get_inputs()[0].name: image.numpy()})[0]
-        largest = max(largest, float(((torch.from_numpy(found) - wanted).abs() * units).max()))
+        largest = max(largest, float(((torch.from_numpy(found) - wanted).abs() * units).nan_to_num(nan=FAR).max()))
     return largest

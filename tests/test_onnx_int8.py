@@ -137,19 +137,23 @@ both = pytest.mark.parametrize("which", ["small", "timm"])
 def test_every_conv_and_gemm_weight_is_int8_and_no_float_copy_is_left(which):
     before, after = pair(which)
     stored = {tensor.name: tensor for tensor in after.graph.initializer}
-    sources = {node.output[0]: node.input[0] for node in after.graph.node if node.op_type == "DequantizeLinear"}
+    sources = {node.output[0]: node.input for node in after.graph.node if node.op_type == "DequantizeLinear"}
     weights = {node.name: node.input[1] for node in before.graph.node if node.op_type in ("Conv", "Gemm")}
     assert (
         len(weights) == {"small": 5, "timm": sum(n.op_type in ("Conv", "Gemm") for n in before.graph.node)}[which] > 1
     )
     for node in after.graph.node:
         if node.op_type in ("Conv", "Gemm"):
-            weight = stored[sources[node.input[1]]]
+            weight, scale, zero_point = (stored[name] for name in sources[node.input[1]])
             assert weight.data_type == onnx.TensorProto.INT8
+            assert scale.dims == weight.dims[:1]
+            assert not numpy_helper.to_array(zero_point).any()
             values = numpy_helper.to_array(weight)
             assert 60 <= np.abs(values.astype(int)).max() <= 64  # 7 bits
             assert weights.pop(node.name) not in stored
     assert not weights
+    zero_points = [stored[node.input[2]] for node in after.graph.node if node.op_type == "QuantizeLinear"]
+    assert {tensor.data_type for tensor in zero_points} == {onnx.TensorProto.UINT8}
 
 
 @both
@@ -282,12 +286,15 @@ def test_float16_weights_count_as_float():
     assert quantize_rest(halved, small_batches()) == quantize_rest(reference, small_batches())
 
 
-def test_nothing_is_printed_logged_or_changed(capfd):
-    model, handlers = small_model(), list(logging.root.handlers)
+def test_nothing_is_printed_logged_or_changed(capfd, caplog, monkeypatch):
+    model = small_model()
     quantize_rest(model, small_batches())
     assert capfd.readouterr() == ("", "")
+    assert not caplog.records
     assert model == small_model()
-    assert (logging.root.handlers, logging.root.manager.disable) == (handlers, logging.NOTSET)
+    monkeypatch.setattr(logging.root, "handlers", [])  # as in a program that set up none
+    quantize_rest(model, small_batches())
+    assert (logging.root.handlers, logging.root.manager.disable) == ([], logging.NOTSET)
 
 
 def test_a_model_without_float_weights_is_refused():

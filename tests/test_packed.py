@@ -31,7 +31,8 @@ from siman_convert.description import Accuracy, Description, canonical_json, des
 from siman_convert.errors import InputError, SimanError
 from siman_convert.frozen import empty_packed, freeze, packed_layers
 from siman_convert.layers import SiMaNConv2d
-from siman_convert.packed import from_metadata, load, read_description, round_to_half, save_packed, to_metadata
+from siman_convert.metadata import from_metadata, to_metadata
+from siman_convert.packed import load, read_description, round_to_half, save_packed
 from siman_convert.plans import Plan, make_plan
 from siman_convert.surgery import apply_plan
 

@@ -45,9 +45,12 @@ def export(
     from siman_convert.cli.terminal import Terminal
     from siman_convert.errors import InputError
     from siman_convert.exporting import FORMATS, export
+    from siman_convert.subjects import is_file
 
     if format not in FORMATS:
         raise InputError(f"--format {format!r}: expected {', '.join(FORMATS)}")
+    if last and what is not None and is_file(what):
+        raise InputError(f"{what} holds one network; --last is for runs")
     with Terminal(quiet=as_json) as terminal:
         exported = export(
             what,

@@ -1,4 +1,4 @@
-"""`siman inspect`: the plan of a model or a run, and what it costs."""
+"""`siman inspect`: the plan of a model, a run or an exported file, and what it costs."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +9,7 @@ from siman_convert.cli.common import RUNS, Json, Output, print_json
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL|RUN", help="A timm model, or a run's name or folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL|RUN|FILE", help="A timm model, a run, or an exported file.")],
     keep: Annotated[list[str], typer.Option(help="Glob of convolutions to keep in full precision.")] = [],
     binarize: Annotated[list[str], typer.Option(help="Glob of convolutions to binarize all the same.")] = [],
     num_classes: Annotated[int | None, typer.Option(min=1, help="Classes; default: the model's.")] = None,
@@ -21,15 +21,19 @@ def inspect(
 
     from siman_convert.cli.plan_table import inspect_record, render_plan
     from siman_convert.errors import InputError
-    from siman_convert.inspection import inspect_model, inspect_run
+    from siman_convert.inspection import inspect_file, inspect_model, inspect_run
+    from siman_convert.subjects import is_file
 
     run = next((path for path in (Path(model), output / model) if (path / "run.json").is_file()), None)
-    if run is None:
-        plan, costs = inspect_model(model, num_classes, keep=keep, binarize=binarize)
-    elif keep or binarize or num_classes:
-        raise InputError(f"{run} has its plan already; --keep, --binarize and --num-classes are for models")
-    else:
+    planned = run is not None or is_file(model)
+    if planned and (keep or binarize or num_classes):
+        raise InputError(f"{model} has its plan already; --keep, --binarize and --num-classes are for models")
+    if run is not None:
         plan, costs = inspect_run(run)
+    elif is_file(model):
+        plan, costs = inspect_file(Path(model))
+    else:
+        plan, costs = inspect_model(model, num_classes, keep=keep, binarize=binarize)
     if as_json:
         print_json(inspect_record(plan, costs))
     else:

@@ -26,8 +26,12 @@ def verify(
     """
     from siman_convert.cli.terminal import Terminal
     from siman_convert.cli.verification_text import detail_lines, summary_lines, verification_record
+    from siman_convert.errors import InputError
+    from siman_convert.subjects import is_file
     from siman_convert.verification import verify
 
+    if last and what is not None and is_file(what):
+        raise InputError(f"{what} holds one network; --last is for runs")
     with Terminal(quiet=as_json) as terminal:
         found = verify(
             what, which="last" if last else "best", data=data, images=images, output=output, watcher=terminal

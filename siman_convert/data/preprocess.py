@@ -78,7 +78,7 @@ class Preprocess:
                 crop_mode=str(values["crop_mode"]),
                 pad_to_size=bool(values.get("pad_to_size", False)),
             )
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise InputError(f"preprocessing: an entry of the wrong type ({error})") from error
 
 
