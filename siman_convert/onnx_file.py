@@ -32,6 +32,7 @@ DIGEST = "siman.sha256"
 ZEROS = b"0" * 64
 _BEFORE_DIGEST = DIGEST.encode() + b"\x12\x40"  # protobuf: field 2 (value) of 64 bytes follows the key
 MAX_BYTES = 2**31 - 1  # protobuf's limit
+_LISTS = ("strides", "pads", "dilations")  # of integers; the other attributes are one integer
 NORMALISED, IMAGE = "float32 NCHW", "uint8 NHWC"
 
 
@@ -205,9 +206,10 @@ def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
     names = sorted(str(attribute.name) for attribute in node.attribute)  # a name that is not UTF-8 comes as bytes
     if names != sorted(ATTRIBUTES):
         raise InputError(f"attributes {', '.join(names)}; expected {', '.join(sorted(ATTRIBUTES))}")
-    kinds = onnx.defs.get_schema(OP_NAME, VERSION, DOMAIN).attributes
     for attribute in node.attribute:
-        kind = kinds[attribute.name].type
-        if attribute.type != kind.value or attribute.ref_attr_name:
-            raise InputError(f"attribute {attribute.name} is not of type {kind.name}")
+        kind = onnx.AttributeProto.INTS if attribute.name in _LISTS else onnx.AttributeProto.INT
+        if attribute.type != kind or attribute.ref_attr_name:
+            raise InputError(
+                f"attribute {attribute.name} is not of type {onnx.AttributeProto.AttributeType.Name(kind)}"
+            )
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}

@@ -7,8 +7,10 @@ matter.
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import onnx
@@ -20,14 +22,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from siman_convert.data import Preprocess
-from siman_convert.description import Description, describe
+from siman_convert.description import Description, describe, description_of
 from siman_convert.frozen import PackedConv2d, freeze
 from siman_convert.layers import SiMaNConv2d
+from siman_convert.onnx_export import build_onnx
+from siman_convert.onnx_file import Variant, seal
+from siman_convert.onnx_fold import Folding
 from siman_convert.onnx_op import DOMAIN
 from siman_convert.plans import Plan, make_plan
 from siman_convert.surgery import apply_plan
 
 Size = tuple[int, int, int]
+HAND_SIZE, HAND_CLASSES = (3, 16, 13), 5
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -116,14 +122,33 @@ def packed_model(name: str, size: Size, classes: int) -> nn.Module:
     return describe(freeze(model), description(plan, size, classes, name))
 
 
+class Export(NamedTuple):
+    packed: nn.Module
+    model: onnx.ModelProto
+    folding: Folding
+    data: bytes  # of the sealed file
+
+
+def export(packed: nn.Module) -> Export:
+    model, folding = build_onnx(packed)
+    return Export(packed, model, folding, seal(model, description_of(packed), Variant()))
+
+
+@functools.cache
+def hand_export() -> Export:
+    """Of HandNet, once for all test modules; nobody changes it."""
+    return export(packed_model("hand", HAND_SIZE, HAND_CLASSES))
+
+
 @contextlib.contextmanager
 def flipped(layer: PackedConv2d, filter_: int = 0) -> Iterator[None]:
-    """One weight of one filter is turned around: that of channel 0 in the first tap."""
-    layer.weight_bits[filter_, 0, 0, 0] ^= 1
+    """One weight of one filter is turned around: that of channel 0 in the middle, which every output reads."""
+    row, column = layer.kernel_size[0] // 2, layer.kernel_size[1] // 2
+    layer.weight_bits[filter_, row, column, 0] ^= 1
     try:
         yield
     finally:
-        layer.weight_bits[filter_, 0, 0, 0] ^= 1
+        layer.weight_bits[filter_, row, column, 0] ^= 1
 
 
 def run_torch(model: nn.Module, x: Tensor) -> np.ndarray:
