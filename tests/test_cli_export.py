@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,8 @@ from sklearn.datasets import load_digits
 from siman_convert import evaluate
 from siman_convert.backends import BACKENDS
 from siman_convert.cli import run as siman
+from siman_convert.data import Preprocess, eval_transform, pixel_transform
+from siman_convert.onnx_file import read_onnx, seal
 
 NO_SIMAN = "import sys; sys.modules['siman_convert'] = sys.modules['torch'] = None\n"  # importing either fails
 
@@ -191,11 +194,11 @@ def test_what_eval_refuses(life: Life, far: Path, tmp_path: Path, capsys: pytest
 
 def test_a_file_of_other_classes_in_a_runs_folder(copied: Life, capsys: pytest.CaptureFixture[str]) -> None:
     """Its numbers would mean nothing on the run's data."""
-    info = copied.run.folder / "run.json"
-    values = json.loads(info.read_text())
-    values["classes"] = values["classes"][::-1]
-    info.write_text(json.dumps(values))
-    assert "classes" in refused(["eval", str(copied.onnx)], capsys)
+    file = read_onnx(copied.onnx)
+    reversed_classes = replace(file.description, classes=file.description.classes[::-1])
+    copied.onnx.write_bytes(seal(file.model, reversed_classes, file.variant))
+    line = refused(["eval", str(copied.onnx)], capsys)
+    assert f"its 10 classes are not the 10 that {copied.onnx} was trained on" in line
 
 
 # predict
@@ -298,11 +301,11 @@ def test_the_printed_snippet_runs(
     code = [line[4:] for line in out.splitlines() if line.startswith("    ")]
     assert len(code) == 6
     assert max(map(len, code)) < 130 + len(str(file))
-    picture = pictures / "2.png"
-    program = head + "\n".join(code).replace("photo.jpg", str(picture))
-    assert str(picture) in program
+    images = [str(pictures / "2.png"), str(pictures / "1.png")]  # to be resized; of the right size
+    program = "\n".join(line.replace("photo.jpg", image) for image in images for line in code)
+    assert all(image in program for image in images)
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", program],
+        [sys.executable, "-W", "error", "-c", f"{head}{program}\nimport numpy; numpy.save('x.npy', x)"],
         capture_output=True,
         text=True,
         cwd=tmp_path,
@@ -310,9 +313,14 @@ def test_the_printed_snippet_runs(
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert siman(["predict", str(file), str(picture), "--top", "1", "--json"]) == 0
-    best = json.loads(capsys.readouterr().out)["predictions"][0]["top"][0]["index"]
-    assert re.findall(r"\d+", done.stdout) == [str(best)]
+    assert siman(["predict", str(file), *images, "--top", "1", "--json"]) == 0
+    best = [one["top"][0]["index"] for one in json.loads(capsys.readouterr().out)["predictions"]]
+    assert [int(number) for number in re.findall(r"\d+", done.stdout)] == best
+
+    preprocess = Preprocess.from_dict(life.run.info().preprocess)
+    transform = pixel_transform if "--with-preprocess" in flags else eval_transform
+    expected = transform(preprocess)(Image.open(images[1]))[None].numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, rtol=0, atol=1e-6)
 
 
 # Files that are none of ours

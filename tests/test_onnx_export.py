@@ -335,7 +335,9 @@ class Named(nn.Module):
 
 
 def test_names_stay_apart() -> None:
-    export = pm.export(packed_from(Named(), (3, 9, 9)))
+    packed = packed_from(Named(), (3, 9, 9))
+    packed_layers(packed)["Relu_2"].name = "its name in another model"
+    export = pm.export(packed)
     onnx.checker.check_model(export.model, full_check=True)
     names = [node.name for node in export.model.graph.node]
     assert len(set(names)) == len(names) == 9

@@ -94,12 +94,14 @@ def test_what_is_left_in_the_session(chain, tmp_path):
     kinds = [node.op_type for node in model.graph.node]
     assert OP_NAME not in kinds
     assert not model.functions
-    assert not {"If", "Transpose", "Unsqueeze", "Gather", "Slice", "Shape", "Concat", "And", "Equal", "Identity"} & set(kinds)
+    assert not {"If", "Transpose", "Unsqueeze", "Gather", "Slice", "Shape", "Concat", "And", "Equal", "Identity"} & set(
+        kinds
+    )
     # per node: no reshape of a vector, no unpacking step, no second copy of the weights
     weights = [i for i in model.graph.initializer if len(i.dims) == 4 and i.dims[2:] == [3, 3]]
     assert [i.data_type for i in weights] == [FLOAT] * 3
-    for kind, count in {"Conv": 3, "Round": 3, "ReduceMean": 3, "LeakyRelu": 1, "Max": 1, "Min": 1, "PRelu": 0, "Where": 0}.items():
-        assert kinds.count(kind) == count, kind
+    counts = {"Conv": 3, "Round": 3, "ReduceMean": 3, "LeakyRelu": 1, "Max": 1, "Min": 1, "PRelu": 0, "Where": 0}
+    assert {kind: kinds.count(kind) for kind in counts} == counts
     user_of = {name: node for node in model.graph.node for name in node.input}
     for node in model.graph.node:
         if node.op_type == "Conv":
