@@ -18,6 +18,8 @@ import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 from siman_convert import backends, exporting, onnx_export
@@ -60,7 +62,8 @@ class Life:
 
 @functools.cache
 def live(data: Path, folder: Path) -> Life:
-    with contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
         printed("convert", "test_resnet", "--data", str(data), "--weights", "none", *TRAINING)
         exported = printed("export", "--format", "all")
         evaluated = printed("eval", "--device", "cpu")
@@ -114,6 +117,20 @@ def printed(*arguments: str) -> str:
     with contextlib.redirect_stdout(out):
         assert siman(list(arguments)) == 0
     return out.getvalue()
+
+
+def digits_of_several_sizes(folder: Path, count: int = 60) -> Path:
+    """An image folder of so many validation digits, PNG files of 8x8 to 70x50 pixels."""
+    digits = load_digits()
+    for split, numbers in (("train", range(40)), ("val", range(320, 320 + count))):
+        for name in range(10):
+            (folder / split / str(name)).mkdir(parents=True)
+        for number in numbers:
+            image = Image.fromarray((digits.images[number] * 15.9).astype(np.uint8))
+            size = [(8, 8), (16, 16), (50, 70), (33, 32)][number % 4]
+            target = folder / split / str(digits.target[number]) / f"{number}.png"
+            image.resize(size, Image.Resampling.BILINEAR).save(target)
+    return folder
 
 
 def tamper(path: Path, change: Callable[[onnx.ModelProto], None], target: Path | None = None) -> Path:

@@ -106,7 +106,7 @@ def test_nothing_runs_twice_on_a_finished_run(finished: Run, capsys: pytest.Capt
     before = finished.weights("last").read_bytes()
     assert siman(["convert", "--resume", str(finished.folder), "--device", "cpu"]) == 0
     assert finished.weights("last").read_bytes() == before
-    assert "next: siman eval" in capsys.readouterr().out
+    assert "next: siman export" in capsys.readouterr().out
 
 
 def test_dry_run_writes_nothing(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -198,7 +198,7 @@ def test_the_shipped_table_is_what_the_plan_says(name: str) -> None:
 def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert siman([]) == 0
     out = capsys.readouterr().out
-    assert out.count("  siman ") == 3  # examples
+    assert out.count("  siman ") == 4  # examples
     assert len(out.splitlines()) <= 24
 
 

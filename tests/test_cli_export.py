@@ -15,8 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import safetensors.torch
-from conftest import write_idx
-from exported_run import BINARY, Life, copied, graphs_once, life, printed  # noqa: F401  fixtures
+from exported_run import BINARY, Life, copied, digits_of_several_sizes, graphs_once, life, printed  # noqa: F401  fixtures
 from onnx import helper
 from packed_models import one_thread  # noqa: F401  a fixture
 from PIL import Image
@@ -149,10 +148,7 @@ def test_run_and_files_give_what_training_reported(life: Life, capsys: pytest.Ca
 
 def test_backends_agree(life: Life, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On 30 images: the reference takes its time."""
-    digits = load_digits()
-    for name in ("train", "t10k"):
-        write_idx(tmp_path / f"{name}-images-idx3-ubyte", digits.images[320:350] * 15.9)
-        write_idx(tmp_path / f"{name}-labels-idx1-ubyte", digits.target[320:350])
+    digits_of_several_sizes(tmp_path, 30)
     found = {}
     for backend in BACKENDS:
         what = life.safetensors if backend == "torch" else life.onnx

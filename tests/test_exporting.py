@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from exported_run import Life, copied, graphs_once, life, printed, real_exporter, tamper  # noqa: F401  fixtures
+from exported_run import Life, copied, digits_of_several_sizes, graphs_once, life, printed, real_exporter, tamper  # noqa: F401  fixtures
 from onnx import numpy_helper
 from packed_models import one_thread  # noqa: F401  a fixture
 from PIL import Image
-from sklearn.datasets import load_digits
 from torch import nn
 
 from siman_convert import InputError, MismatchError, SimanError, evaluate, export, exporting, load, onnx_export
@@ -444,21 +442,6 @@ def test_preprocessing_in_the_graph_takes_images_of_any_size(
     assert in_graph.top1 > 50  # a network that knows something
     assert in_graph.loss == pytest.approx(outside.loss, rel=0.02)
     assert with_preprocess.verification.pixels is not None
-
-
-def digits_of_several_sizes(folder: Path) -> Path:
-    """An image folder of 60 validation digits of 8x8 to 70x50 pixels."""
-    digits = load_digits()
-    for split, numbers in (("train", range(40)), ("val", range(320, 380))):
-        for name in range(10):
-            (folder / split / str(name)).mkdir(parents=True)
-        for number in numbers:
-            image = Image.fromarray((digits.images[number] * 15.9).astype(np.uint8))
-            size = [(8, 8), (16, 16), (50, 70), (33, 32)][number % 4]
-            image.resize(size, Image.Resampling.BILINEAR).save(
-                folder / split / str(digits.target[number]) / f"{number}.png"
-            )
-    return folder
 
 
 def test_data_that_has_vanished(copied: Life, digits: Path, tmp_path: Path) -> None:

@@ -59,13 +59,14 @@ def evaluate(
     )
     name = str(found) if isinstance(found, Path) else str(found.folder)
     weights = None if file else which
+    ran = backend or ("onnxruntime" if name.endswith(".onnx") else "torch")
     if as_json:
         bad = [record._asdict() for record in metrics.bad]
         rate = {"images_per_second": metrics.images_per_second}
-        print_json({"run": name, "weights": weights, **asdict(metrics), **rate, "bad": bad})
+        print_json({"run": name, "weights": weights, "backend": ran, **asdict(metrics), **rate, "bad": bad})
         return
     print(f"{name}, {f'{weights} weights, ' if weights else ''}{metrics.images:,} images:")
     print(f"top-1 {metrics.top1:.2f} %   top-5 {metrics.top5:.2f} %   loss {metrics.loss:.4f}   "
-          f"{metrics.images_per_second:.1f} images/s")  # fmt: skip
+          f"{metrics.images_per_second:.1f} images/s in {ran}")  # fmt: skip
     for record in metrics.bad:
         print(f"skipped an unreadable image: {record.path}: {record.why}")

@@ -79,9 +79,10 @@ def _print(exported: Exported) -> None:
     print(f"folded    {_folded(folding)}")
     for refusal in folding.refused:
         print(f"kept      {refusal.node} behind {refusal.layer}: {refusal.reason}")
+    also = ", before float16" if exported.description.half else ", before int8" if exported.variant.int8 else ""
     smaller = costs.bytes_before / max(1, costs.bytes_after)
     print(
-        f"weights   {costs.bytes_before:,} -> {costs.bytes_after:,} bytes, {smaller:.1f} times smaller (as `siman inspect` says)"
+        f"weights   {costs.bytes_before:,} -> {costs.bytes_after:,} bytes, {smaller:.1f} times smaller (as `siman inspect` says{also})"
     )
     if accuracy is not None:
         print(
