@@ -199,7 +199,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert siman([]) == 0
     out = capsys.readouterr().out
     assert out.count("  siman ") == 4  # examples
-    assert len(out.splitlines()) <= 24
+    assert len(out.splitlines()) <= 32
 
 
 @pytest.mark.parametrize(

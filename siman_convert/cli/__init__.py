@@ -12,7 +12,7 @@ import typer
 from siman_convert.cli import convert, evaluate, export, inspect, models, predict, recipes, runs, verify
 from siman_convert.errors import SimanError
 
-HELP = """Turn a pretrained timm CNN into a binary neural network with SiMaN, fine-tune it, export one small file.
+HELP = """Turn a timm CNN into a binary neural network, and export one small file.
 
 \b
   siman inspect resnet18                                what would become binary

@@ -81,9 +81,8 @@ def _print(exported: Exported) -> None:
         print(f"kept      {refusal.node} behind {refusal.layer}: {refusal.reason}")
     also = ", before float16" if exported.description.half else ", before int8" if exported.variant.int8 else ""
     smaller = costs.bytes_before / max(1, costs.bytes_after)
-    print(
-        f"weights   {costs.bytes_before:,} -> {costs.bytes_after:,} bytes, {smaller:.1f} times smaller (as `siman inspect` says{also})"
-    )
+    sizes = f"{costs.bytes_before:,} -> {costs.bytes_after:,} bytes, {smaller:.1f} times smaller"
+    print(f"weights   {sizes} (as `siman inspect` says{also})")
     if accuracy is not None:
         print(
             f"accuracy  top-1 {percent(accuracy.top1)} of {accuracy.images:,} images of {accuracy.data}, before export"
