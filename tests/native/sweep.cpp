@@ -32,15 +32,18 @@ struct Case {
   bool full_residual() const { return residual.size() != 1; }
 };
 
+// Kind 2 is numbers of very different size and the same negated, backwards: their mean is rounding errors, which tell
+// the order of the sum.
 Floats draw_floats(Random& random, size_t count, int kind) {
   const float inf = std::numeric_limits<float>::infinity(), tiny = std::numeric_limits<float>::denorm_min();
   const Floats odd{0.0f, -0.0f, tiny, -tiny, 1.0f, -1.0f, inf, -inf, std::nanf("")};
   std::normal_distribution<float> normal;
   Floats values(count, normal(random));  // kind 0: constant
-  for (auto& value : values) {
+  for (size_t i = 0; i < count; ++i) {
+    float& value = values[i];
     if (kind == 1 || kind == 2) value = normal(random);
-    if (kind == 2)
-      value *= std::ldexp(1.0f, static_cast<int>(draw(random, -40, 40)));  // rounding tells the order of a sum
+    if (kind == 2) value = std::ldexp(value, static_cast<int>(draw(random, -40, 40)));
+    if (kind == 2 && i >= (count + 1) / 2) value = -values[count - 1 - i];
     if (kind == 3) value = odd[static_cast<size_t>(draw(random, 0, 5))];
     if (kind == 4) value = draw(random, 0, 30) ? normal(random) : odd[static_cast<size_t>(draw(random, 0, 8))];
   }
@@ -88,8 +91,11 @@ Case draw_case(Random& random) {
   c.bias = draw_floats(random, filters, static_cast<int>(draw(random, 0, 4)));
   c.slope =
       draw(random, 0, 1) ? Floats(filters, static_cast<float>(draw(random, 0, 1))) : draw_floats(random, filters, 1);
-  c.x = draw_floats(random, static_cast<size_t>(c.image[0] * c.image[1] * c.image[2] * c.image[3]),
-                    static_cast<int>(draw(random, 0, 4)));
+  const int kind = static_cast<int>(draw(random, 0, 4));
+  for (int64_t n = 0; n < c.image[0]; ++n) {
+    const Floats sample = draw_floats(random, static_cast<size_t>(c.image[1] * c.image[2] * c.image[3]), kind);
+    c.x.insert(c.x.end(), sample.begin(), sample.end());
+  }
   return c;
 }
 

@@ -1,0 +1,104 @@
+// The C interface: null pointers and names are checked here, sizes in geometry.cpp; no exception leaves.
+#include <cstdlib>
+#include <new>
+#include <string_view>
+
+#include "conv.h"
+
+struct siman_conv {
+  siman::Conv conv;
+};
+
+namespace {
+
+const char* const kMessages[] = {
+    "ok",
+    "a pointer that must be set is null",
+    "the number of filters must be in 1..2147483647",
+    "kernel rows and columns must be in 1..2147483647",
+    "channels must be in 1..2147483647",
+    "strides must be in 1..2147483647",
+    "pads must be in 0..2147483647",
+    "dilations must be in 1..2147483647",
+    "group must be at least 1 and divide the number of filters",
+    "center must be 0 or 1",
+    "channels*kH*kW must be at most 16777216, so that sums are exact in float32",
+    "W must hold filters*kH*kW*ceil(channels/8) bytes",
+    "W: padding bits beyond the last channel must be 0; the data is damaged or `channels` is wrong",
+    "X must be (N, channels*group, H, W) with H and W at least 1",
+    "the dilated kernel is larger than the padded image of X",
+    "X, W or Y has more than 2147483647 elements",
+    "SIMAN_ISA or variant: unknown name; known are avx512, avx2, neon and scalar",
+    "SIMAN_ISA or variant: this processor or build cannot run it; known are avx512, avx2, neon and scalar",
+    "out of memory",
+};
+static_assert(sizeof(kMessages) / sizeof(kMessages[0]) == SIMAN_NO_MEMORY + 1);
+
+constexpr const char* kKnown[] = {"avx512", "avx2", "neon", "scalar"};
+
+bool is_known(const char* name) {
+  for (const char* known : kKnown)
+    if (std::string_view(known) == name) return true;
+  return false;
+}
+
+siman_status choose(const char* name, const siman::Variant** variant) {
+  if (!name) name = std::getenv("SIMAN_ISA");
+  const siman::NamedVariant* found = siman::find_variant(name);
+  if (!found) return is_known(name) ? SIMAN_UNSUPPORTED_VARIANT : SIMAN_UNKNOWN_VARIANT;
+  if (!found->supported()) return SIMAN_UNSUPPORTED_VARIANT;
+  *variant = found->kernels;
+  return SIMAN_OK;
+}
+
+size_t variant_count() {
+  size_t count = 0;
+  while (siman::kVariants[count].kernels) ++count;
+  return count;
+}
+
+}  // namespace
+
+const char* siman_message(siman_status status) {
+  return status >= SIMAN_OK && status <= SIMAN_NO_MEMORY ? kMessages[status] : "unknown status";
+}
+
+siman_status siman_create(const siman_geometry* geometry, const uint8_t* weights, size_t weight_bytes,
+                          const float* scale, const float* bias, const float* slope, const char* variant,
+                          siman_conv** conv) try {
+  if (!geometry || !conv) return SIMAN_NULL_ARGUMENT;
+  const siman::Variant* chosen = nullptr;
+  siman_status status = siman::check_geometry(*geometry);
+  if (status == SIMAN_OK && (!weights || !scale || !bias || !slope)) status = SIMAN_NULL_ARGUMENT;
+  if (status == SIMAN_OK) status = siman::check_weights(*geometry, weights, weight_bytes);
+  if (status == SIMAN_OK) status = choose(variant, &chosen);
+  if (status == SIMAN_OK) *conv = new siman_conv{{*geometry, weights, scale, bias, slope, *chosen}};
+  return status;
+} catch (const std::bad_alloc&) {
+  return SIMAN_NO_MEMORY;
+}
+
+void siman_destroy(siman_conv* conv) { delete conv; }
+
+siman_status siman_output_shape(const siman_conv* conv, const int64_t image[4], int64_t output[4]) {
+  if (!conv || !image || !output) return SIMAN_NULL_ARGUMENT;
+  return conv->conv.output_shape(image, output);
+}
+
+siman_status siman_run(const siman_conv* conv, const float* x, const int64_t image[4], const float* residual,
+                       int residual_is_full, float* y, siman_parallel_for parallel_for, void* pool) try {
+  if (!conv || !image) return SIMAN_NULL_ARGUMENT;
+  if (image[0] != 0 && (!x || !residual || !y)) return SIMAN_NULL_ARGUMENT;
+  const siman::Run run{x, {image[0], image[1], image[2], image[3]}, residual, residual_is_full != 0, y};
+  return conv->conv.run(run, {parallel_for, pool});
+} catch (const std::bad_alloc&) {
+  return SIMAN_NO_MEMORY;
+}
+
+const char* siman_variant(const siman_conv* conv) { return conv ? conv->conv.variant().name : nullptr; }
+
+const char* siman_variant_name(size_t index) {
+  return index < variant_count() ? siman::kVariants[index].kernels->name : nullptr;
+}
+
+int siman_variant_supported(size_t index) { return index < variant_count() && siman::kVariants[index].supported(); }

@@ -1,0 +1,48 @@
+// Portable: one filter at a time, 64 channels a step. At the x86-64 floor there is no POPCNT instruction; the compiler
+// then calls a table look-up, so that this variant says that results are right, not how fast a processor can be.
+#include "variant.h"
+
+namespace siman {
+namespace {
+
+#include "kernels/mean.inl"
+#include "kernels/pack.inl"
+#include "kernels/epilogue.inl"
+#include "kernels/convolve.inl"
+#include "kernels/one_lane.inl"
+#include "kernels/words.inl"
+
+struct Ops : WordLayout<1> {
+  static constexpr int kVectors = 4, kFewVectors = 1, kPixels = 2;
+  static constexpr int64_t kUnitsPerFlush = 1 << 24, kFlushes = 2;  // never in between: at most 2^24 units
+  using Weights = uint64_t;
+  using Activation = uint64_t;
+  using Part = int64_t;
+  struct Wide {
+    int64_t sum;
+  };
+
+  static uint64_t load(const uint8_t* bytes) {
+    uint64_t word;
+    __builtin_memcpy(&word, bytes, 8);
+    return word;
+  }
+  static uint64_t broadcast(const uint8_t* bytes) { return load(bytes); }
+  static void zero(Part& part) { part = 0; }
+  static void zero(Wide& wide) { wide.sum = 0; }
+  static void count(Part& part, uint64_t w, uint64_t a) { part += __builtin_popcountll(w ^ a); }
+  static void flush(Part& part, Wide& wide) {
+    wide.sum += part;
+    part = 0;
+  }
+  static void store(const Wide& wide, const int32_t* base, int32_t* acc) {
+    *acc = *base - 2 * static_cast<int32_t>(wide.sum);
+  }
+};
+
+}  // namespace
+
+extern const Variant kScalar;
+const Variant kScalar = variant<Ops, OneFloat, OneFloat, OneDouble>("scalar");
+
+}  // namespace siman

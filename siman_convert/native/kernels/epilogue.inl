@@ -1,0 +1,59 @@
+// From acc to Y, in float32, each operation rounded:
+//   v = scale*acc + bias + residual;   Y = v >= 0 ? v : slope*v       (a NaN compares false and stays NaN)
+//
+// acc lies [pixel][filter], Y lies [filter][pixel]: blocks of kLanes x kLanes are transposed on the way.
+//
+// Floats: kLanes, Vec, load, store, set, mul, add, prelu(v, slope), from_ints(const int32_t*), transpose(Vec
+// (&)[kLanes]).
+
+template <class Floats>
+SIMAN_INLINE typename Floats::Vec load_some(const float* x, size_t count) {
+  if (count == Floats::kLanes) return Floats::load(x);
+  float some[Floats::kLanes] = {};
+  for (size_t k = 0; k < count; ++k) some[k] = x[k];
+  return Floats::load(some);
+}
+
+template <class Floats>
+SIMAN_INLINE void store_some(float* y, typename Floats::Vec v, size_t count) {
+  if (count == Floats::kLanes) return Floats::store(y, v);
+  float some[Floats::kLanes];
+  Floats::store(some, v);
+  for (size_t k = 0; k < count; ++k) y[k] = some[k];
+}
+
+// kLanes filters from `filter` on x `count` <= kLanes pixels from flat output position `pixel` on.
+template <class Floats>
+SIMAN_INLINE void finish_block(const ConvTask& t, const int32_t* acc, size_t stride, size_t filter, size_t pixel,
+                               size_t count) {
+  constexpr size_t kLanes = Floats::kLanes;
+  typename Floats::Vec block[kLanes];
+  for (size_t k = 0; k < kLanes; ++k) block[k] = Floats::from_ints(acc + k * stride);
+  Floats::transpose(block);
+  const size_t left = static_cast<size_t>(t.filters) - filter, filters = left < kLanes ? left : kLanes;
+  // Copies, as a store of a vector could change t for all the compiler knows.
+  const size_t plane = static_cast<size_t>(t.rows.out * t.columns.out), first = filter * plane + pixel;
+  const bool residual_is_full = t.residual_is_full;
+  const float *scale = t.scale + filter, *bias = t.bias + filter, *slope = t.slope + filter;
+  const float* residual = residual_is_full ? t.residual + first : t.residual;
+  float* y = t.y + first;
+  for (size_t k = 0; k < filters; ++k, y += plane) {
+    const auto added = residual_is_full ? load_some<Floats>(residual + k * plane, count) : Floats::set(*residual);
+    const auto scaled = Floats::mul(Floats::set(scale[k]), block[k]);
+    const auto v = Floats::add(Floats::add(scaled, Floats::set(bias[k])), added);
+    store_some<Floats>(y, Floats::prelu(v, Floats::set(slope[k])), count);
+  }
+}
+
+// `count` pixels from `pixel` on; the rows of acc, one a pixel, are `stride` filters apart and filled up to whole
+// vectors.
+template <class Floats>
+void epilogue(const ConvTask& t, const int32_t* acc, size_t stride, size_t pixel, size_t count) {
+  constexpr size_t kLanes = Floats::kLanes;
+  for (size_t filter = 0; filter < static_cast<size_t>(t.filters); filter += kLanes) {
+    size_t p = 0;
+    for (; p + kLanes <= count; p += kLanes)
+      finish_block<Floats>(t, acc + p * stride + filter, stride, filter, pixel + p, kLanes);
+    if (p < count) finish_block<Floats>(t, acc + p * stride + filter, stride, filter, pixel + p, count - p);
+  }
+}

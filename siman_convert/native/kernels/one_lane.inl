@@ -1,0 +1,30 @@
+// Floats and Doubles of a single lane: the scalar variant, and what is left over in the others.
+
+struct OneFloat {
+  static constexpr int kLanes = 1;
+  using Vec = float;
+  using Bits = uint64_t;
+
+  static Vec load(const float* x) { return *x; }
+  static void store(float* y, Vec v) { *y = v; }
+  static Vec set(float x) { return x; }
+  static Vec mul(Vec a, Vec b) { return a * b; }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec prelu(Vec v, Vec slope) { return v >= 0 ? v : slope * v; }
+  static Vec from_ints(const int32_t* x) { return static_cast<float>(*x); }
+  static void transpose(Vec (&)[1]) {}
+
+  static Bits no_bits() { return 0; }
+  static Bits append(Bits bits, Vec x, Vec threshold) { return 2 * bits + (x >= threshold); }
+  static void words(Bits low, Bits high, uint64_t* words) { *words = low | high << 32; }
+};
+
+struct OneDouble {
+  static constexpr int kLanes = 1;
+  using Vec = double;
+
+  static Vec zero() { return 0; }
+  static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec widen(const float* x) { return *x; }
+  static void store(double* out, Vec v) { *out = v; }
+};

@@ -1,0 +1,224 @@
+"""The C library against the numpy reference, bit for bit: every variant that runs here, any number of threads."""
+
+import platform
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from native_library import NativeError, build, find_tool
+
+from siman_convert.runtime.reference import binary_conv2d
+
+VARIANTS = ("avx512", "avx2", "neon", "scalar")
+ODD = np.array([0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, np.inf, -np.inf, np.nan, 1.0, -1.0], np.float32)
+
+
+def draw_floats(kind, rng, shape):
+    if kind == "constant":
+        return np.full(shape, rng.standard_normal(), np.float32)
+    if kind == "denormal":
+        return rng.choice(ODD[:6], shape)
+    values = rng.standard_normal(shape)
+    if kind == "cancelling":  # the mean is then rounding errors, which say in which order the sum was taken
+        values *= 2.0 ** rng.integers(-40, 40, shape)
+        for sample in values if values.ndim > 1 else [values]:
+            flat = sample.reshape(-1)
+            flat[(len(flat) + 1) // 2 :] = -flat[: len(flat) // 2][::-1]
+    values = values.astype(np.float32)
+    return np.where(rng.random(shape) < 0.02, rng.choice(ODD, shape), values) if kind == "odd" else values
+
+
+@st.composite
+def cases(draw):
+    def pair(low, high):
+        return [draw(st.integers(low, high)), draw(st.integers(low, high))]
+
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    group = draw(st.sampled_from([1, 1, 2, 3]))
+    channels = draw(st.integers(1, 200))
+    filters = group * draw(st.sampled_from([1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 65, 96, 97]))
+    kernel, strides, dilations, pads = pair(1, 4), pair(1, 3), pair(1, 3), pair(0, 3) + pair(0, 3)
+    fit = [dilations[i] * (kernel[i] - 1) + 1 - pads[i] - pads[i + 2] for i in (0, 1)]
+    image = [max(1, fit[i]) + draw(st.integers(0, 12)) for i in (0, 1)]
+    out = [(image[i] + pads[i] + pads[i + 2] - dilations[i] * (kernel[i] - 1) - 1) // strides[i] + 1 for i in (0, 1)]
+    batch = draw(st.integers(0, 5))
+    kinds = st.sampled_from(["normal", "cancelling", "constant", "denormal", "odd"])
+    X = draw_floats(draw(kinds), rng, (batch, group * channels, *image))
+    W = np.packbits(rng.random((filters, *kernel, channels)) < 0.5, axis=-1, bitorder="little")
+    residual_shape = draw(st.sampled_from([(batch, filters, *out), (1, 1, 1, 1)]))
+    slope = draw(st.sampled_from([None, 0.0, 1.0, 0.25]))
+    inputs = (
+        X,
+        W,
+        draw_floats("normal", rng, filters),
+        draw_floats(draw(kinds), rng, filters),
+        draw_floats(draw(kinds), rng, residual_shape),
+        draw_floats("normal", rng, filters) if slope is None else np.full(filters, slope, np.float32),
+    )
+    attributes = {"channels": channels, "strides": strides, "pads": pads, "dilations": dilations, "group": group}
+    return inputs, attributes | {"center": draw(st.integers(0, 1))}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_gives_the_bits_of_the_reference(library, variant):
+    if not library.variants().get(variant):
+        pytest.skip(f"{variant} does not run on this processor")
+
+    @given(cases(), st.integers(0, 4))
+    @settings(max_examples=120, deadline=None)
+    def sweep(case, threads):
+        inputs, attributes = case
+        ran = []
+        Y = library.conv(*inputs, **attributes, variant=variant, threads=threads, ran=ran)
+        np.testing.assert_array_equal(Y, binary_conv2d(*inputs, **attributes))
+        assert ran == [variant]
+
+    sweep()
+
+
+def one_layer(channels=16, filters=8, size=6):
+    rng = np.random.default_rng(0)
+    X = rng.standard_normal((1, channels, size, size)).astype(np.float32)
+    W = np.packbits(rng.random((filters, 3, 3, channels)) < 0.5, axis=-1, bitorder="little")
+    ones = np.ones(filters, np.float32)
+    attributes = {
+        "channels": channels,
+        "strides": [1, 1],
+        "pads": [1] * 4,
+        "dilations": [1, 1],
+        "group": 1,
+        "center": 1,
+    }
+    return {
+        "X": X,
+        "W": W,
+        "scale": ones,
+        "bias": ones,
+        "residual": np.zeros((1, 1, 1, 1), np.float32),
+        "slope": ones,
+    } | attributes
+
+
+def test_the_first_supported_variant_is_the_default(library, monkeypatch):
+    monkeypatch.delenv("SIMAN_ISA", raising=False)
+    ran = []
+    library.conv(**one_layer(), ran=ran)
+    assert ran == [next(name for name, supported in library.variants().items() if supported)]
+    assert list(library.variants())[-1] == "scalar"
+
+
+def test_the_environment_forces_a_variant(library, monkeypatch):
+    for name, supported in library.variants().items():
+        monkeypatch.setenv("SIMAN_ISA", name)
+        ran = []
+        if supported:
+            library.conv(**one_layer(), ran=ran)
+            assert ran == [name]
+        else:
+            with pytest.raises(NativeError, match="cannot run it"):
+                library.conv(**one_layer())
+
+
+@pytest.mark.parametrize(("name", "message"), [("avx1024", "unknown name"), ("", "unknown name")])
+def test_unknown_variant(library, monkeypatch, name, message):
+    monkeypatch.setenv("SIMAN_ISA", name)
+    with pytest.raises(NativeError, match=f"{message}; known are avx512, avx2, neon and scalar"):
+        library.conv(**one_layer())
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a variant of another architecture")
+def test_variant_of_another_architecture(library):
+    with pytest.raises(NativeError, match="cannot run it"):
+        library.conv(**one_layer(), variant="neon")
+
+
+HUGE = 2**31 - 1
+MALFORMED = {
+    "channels": ({"channels": 0}, "channels must be"),
+    "weights": ({"channels": 24}, "W must hold"),
+    "strides": ({"strides": [0, 1]}, "strides must be"),
+    "strides huge": ({"strides": [1, 2**31]}, "strides must be"),
+    "pads": ({"pads": [0, 0, -1, 0]}, "pads must be"),
+    "dilations": ({"dilations": [1, 0]}, "dilations must be"),
+    "group": ({"group": 0}, "group must be"),
+    "group of filters": ({"group": 3}, "group must be"),
+    "center": ({"center": 2}, "center must be"),
+    "kernel": ({"dilations": [HUGE, 1]}, "larger than the padded image"),
+    "output": ({"pads": [HUGE] * 4}, "more than 2147483647 elements"),
+    "X": ({"X": np.ones((1, 15, 6, 6), np.float32)}, "X must be"),
+    "X empty": ({"X": np.ones((1, 16, 0, 6), np.float32)}, "X must be"),
+    "padding bits": ({"channels": 15}, "padding bits"),
+    "taps": ({"channels": 2**24}, "at most 16777216"),
+    "null": ({"X": None}, "null"),
+}
+
+
+@pytest.mark.parametrize("case", MALFORMED)
+def test_malformed_arguments(library, case):
+    changes, message = MALFORMED[case]
+    arguments = one_layer()
+    library.conv(**arguments)
+    arguments |= {"W": np.full_like(arguments["W"], 255)} if case == "padding bits" else {}
+    if case == "X":
+        arguments["channels"] = 16
+    if case == "null":
+        arguments["scale"] = None
+        changes = {}
+    with pytest.raises(NativeError, match=message):
+        library.conv(**(arguments | changes))
+
+
+def test_pads_far_beyond_the_image(library):
+    arguments = one_layer() | {"pads": [2**30] * 4, "strides": [2**25 - 1, 2**25 + 1]}
+    expected = binary_conv2d(**arguments)
+    np.testing.assert_array_equal(library.conv(**arguments), expected)
+
+
+def test_cpp_sweep(build_folder):
+    done = subprocess.run([build_folder / "siman_sweep", "7"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "scalar: same as plain loops" in done.stdout
+
+
+def test_wide_instructions_stay_in_their_files(build_folder):
+    """A weak or shared function in such a file could be the copy that the linker keeps for every caller."""
+    objects = list(build_folder.rglob("isa_*.o"))
+    assert objects
+    for path in objects:
+        listed = subprocess.run(
+            [find_tool("nm"), "--defined-only", "-g", path], capture_output=True, text=True, check=True
+        )
+        assert [line.split()[1] for line in listed.stdout.splitlines()] == ["D"], listed.stdout
+
+
+def test_exports_nothing_else(library):
+    listed = subprocess.run(
+        [find_tool("nm"), "-D", "--defined-only", library.path], capture_output=True, text=True, check=True
+    )
+    names = {line.split()[-1] for line in listed.stdout.splitlines() if line.split()[1] == "T"}
+    assert {name for name in names if not name.startswith("siman_")} == {"RegisterCustomOps"}
+
+
+def test_aarch64(tmp_path):
+    """The sweep's NEON variant, cross-built and emulated."""
+    compiler, emulator = find_tool("aarch64-linux-gnu-g++"), find_tool("qemu-aarch64-static", "qemu-aarch64")
+    target = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64", f"-DCMAKE_CXX_COMPILER={compiler}"]
+    folder = build(tmp_path / "aarch64", *target)
+    sweep = [emulator, "-L", "/usr/aarch64-linux-gnu", folder / "siman_sweep", "7", "40"]
+    done = subprocess.run(sweep, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "neon: same as plain loops" in done.stdout
+
+
+def test_shipped_sources_are_formatted():
+    clang_format = shutil.which("clang-format")
+    if clang_format is None:
+        pytest.skip("needs clang-format")
+    from native_library import SOURCE
+
+    sources = [str(p) for p in SOURCE.rglob("*") if p.suffix in (".cpp", ".h", ".inl")]
+    done = subprocess.run([clang_format, "--dry-run", "-Werror", *sources], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
