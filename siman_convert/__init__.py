@@ -6,6 +6,7 @@
     evaluate(run)          top-1, top-5 and loss of a run or an exported file
     export(run)            one file: model.onnx or model.safetensors
     load(path)             model.safetensors as a torch module
+    session(path)          an ONNX Runtime session with the native kernels
     verify(path)           whether an exported file computes what the network does
 
 Importing this package imports neither torch nor timm; using a name does.
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from siman_convert.exporting import export
     from siman_convert.inspection import plan
     from siman_convert.packed import load
+    from siman_convert.runtime.native import session
     from siman_convert.verification import verify
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "load",
     "plan",
     "resume",
+    "session",
     "verify",
 ]
 
@@ -41,6 +44,7 @@ _HOMES = {  # public name -> module and name there
     "evaluate": ("evaluation", "evaluate"),
     "export": ("exporting", "export"),
     "load": ("packed", "load"),
+    "session": ("runtime.native", "session"),
     "verify": ("verification", "verify"),
     "plan": ("inspection", "plan"),
     "resume": ("conversion", "resume"),

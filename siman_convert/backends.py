@@ -1,6 +1,6 @@
-"""What can run a packed model: torch, stock ONNX Runtime, the numpy reference. Each is a module: images in, logits out.
+"""What can run a packed model: torch, ONNX Runtime with our kernels (native) or without, the numpy reference.
 
-The last two run the exported graph, so that evaluating with them evaluates the file.
+Each is a module: images in, logits out. All but torch run the exported graph, so that evaluating with them evaluates the file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -17,19 +16,19 @@ from siman_convert.description import description_of
 from siman_convert.errors import InputError
 from siman_convert.onnx_export import OUTPUT, build_onnx
 from siman_convert.onnx_file import OnnxFile, Variant, parse_onnx, seal
-from siman_convert.runtime import reference
+from siman_convert.runtime import native, reference
 from siman_convert.subjects import Subject
 
-Backend = Literal["torch", "onnxruntime", "reference"]
+Backend = Literal["torch", "native", "onnxruntime", "reference"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
 class OnnxRuntimeModel(nn.Module):
-    """A graph in ONNX Runtime on the CPU; the operator is run by its function body unless kernels are registered."""
+    """A graph in ONNX Runtime on the CPU; the operator is run by our kernels (`use_kernels`), else by its function body."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, use_kernels: bool = False) -> None:
         super().__init__()
-        self.session = ort_session(data)
+        self.session = native.open_session(data, use_kernels=use_kernels)
         self.input = self.session.get_inputs()[0].name
 
     def forward(self, images: Tensor) -> Tensor:
@@ -60,8 +59,13 @@ def require_backend(name: str | None) -> Backend | None:
 
 
 def default_backend(subject: Subject) -> Backend:
-    """torch for what is a torch module, ONNX Runtime for an ONNX file."""
-    return "torch" if subject.onnx is None else "onnxruntime"
+    """torch for what is a torch module; for an ONNX file `default_onnx_backend`."""
+    return "torch" if subject.onnx is None else default_onnx_backend()
+
+
+def default_onnx_backend() -> Backend:
+    """The native kernels where they are installed, else stock ONNX Runtime."""
+    return "onnxruntime" if native.variant() is None else "native"
 
 
 def open_backend(subject: Subject, backend: Backend) -> nn.Module:
@@ -70,11 +74,15 @@ def open_backend(subject: Subject, backend: Backend) -> nn.Module:
         if subject.packed is None:
             raise InputError(
                 f"{subject.name}: torch runs a run or a .safetensors file, not ONNX; "
-                "use --backend onnxruntime or reference, or name the run"
+                "use --backend native, onnxruntime or reference, or name the run"
             )
         return subject.packed
+    if backend == "native" and native.variant() is None:
+        raise InputError(f"--backend native: {native.MISSING}")
     file = subject_onnx(subject)
-    return OnnxRuntimeModel(file.data) if backend == "onnxruntime" else ReferenceModel(file.model).eval()
+    if backend == "reference":
+        return ReferenceModel(file.model).eval()
+    return OnnxRuntimeModel(file.data, use_kernels=backend == "native").eval()
 
 
 def subject_onnx(subject: Subject) -> OnnxFile:
@@ -84,14 +92,3 @@ def subject_onnx(subject: Subject) -> OnnxFile:
     assert subject.packed is not None  # a subject has one of the two
     model, _ = build_onnx(subject.packed)
     return parse_onnx(seal(model, description_of(subject.packed), Variant()))
-
-
-def ort_session(data: bytes) -> onnxruntime.InferenceSession:
-    """A session on the CPU; InputError where ONNX Runtime refuses the graph."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors; it warns about things its own optimizer does
-    try:
-        return onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no public base class
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"ONNX Runtime cannot open the graph: {reason}") from error

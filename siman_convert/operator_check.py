@@ -1,4 +1,4 @@
-"""Each binary convolution by itself: torch, ONNX Runtime and the reference compute it from the same recorded input.
+"""Each binary convolution by itself: torch, ONNX Runtime, our kernels and the reference compute it from the same recorded input.
 
 Equal values are expected, every one. One difference is none: a mean may be summed in another order and round to the
 neighbouring float32 (about one sample in ten million), so a sample that is right for a threshold one float apart is
@@ -18,12 +18,11 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor
 
-from siman_convert.backends import ort_session
 from siman_convert.frozen import integer_conv
 from siman_convert.layers import Geometry
 from siman_convert.onnx_export import INPUT, binary_nodes
 from siman_convert.onnx_op import INPUTS
-from siman_convert.runtime import reference
+from siman_convert.runtime import native, reference
 
 Floats = npt.NDArray[np.float32]
 Values = dict[str, Any]  # arrays by name
@@ -52,7 +51,7 @@ def check_operators(core: onnx.ModelProto, tapped: onnx.ModelProto, images: Tens
     """Each operator, on the inputs it gets in ONNX Runtime for these images. ONNX Runtime takes the file's own function."""
     names = [value.name for value in tapped.graph.output]
     values: Values = dict(
-        zip(names, ort_session(tapped.SerializeToString()).run(names, {INPUT: images.numpy()}), strict=True)
+        zip(names, native.open_session(tapped.SerializeToString()).run(names, {INPUT: images.numpy()}), strict=True)
     )
     values[INPUT] = images.numpy()
     values |= {tensor.name: numpy_helper.to_array(tensor) for tensor in core.graph.initializer}
@@ -65,10 +64,10 @@ def _check_operator(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values)
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     expected = reference.binary_conv2d(*inputs.values(), **attributes)
     check = OperatorCheck(node.name, expected.size)
-    for backend, result in (
-        ("torch", _in_torch(inputs, attributes)),
-        ("onnxruntime", _in_onnxruntime(core, node, inputs)),
-    ):
+    results = {"torch": _in_torch(inputs, attributes), "onnxruntime": _in_onnxruntime(core, node, inputs)}
+    if native.variant() is not None:
+        results["native"] = _in_onnxruntime(core, node, inputs, use_kernels=True)
+    for backend, result in results.items():
         wrong = _different_samples(result, expected)
         beside = [n for n in wrong if _is_neighbouring(result[n], _sample(inputs, n), attributes)]
         counts = {n: int((~_equal(result[n], expected[n])).sum()) for n in wrong}
@@ -90,8 +89,8 @@ def _in_torch(inputs: Values, attributes: dict[str, Any]) -> Floats:
     return y
 
 
-def _in_onnxruntime(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values) -> Floats:
-    """The operator alone in a graph, its constants still constants."""
+def _in_onnxruntime(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values, use_kernels: bool = False) -> Floats:
+    """The operator alone in a graph, its constants still constants; by the file's function, or by our kernels."""
     fed = {"X", "residual"}
     alone = onnx.NodeProto()
     alone.CopyFrom(node)
@@ -110,7 +109,8 @@ def _in_onnxruntime(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values)
     model = onnx.helper.make_model(
         graph, opset_imports=core.opset_import, functions=core.functions, ir_version=core.ir_version
     )
-    y: Floats = ort_session(model.SerializeToString()).run(None, {name: inputs[name] for name in fed})[0]
+    session = native.open_session(model.SerializeToString(), use_kernels=use_kernels)
+    y: Floats = session.run(None, {name: inputs[name] for name in fed})[0]
     return y
 
 

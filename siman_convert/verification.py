@@ -27,7 +27,7 @@ import torch
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from siman_convert.backends import ort_session, subject_onnx
+from siman_convert.backends import subject_onnx
 from siman_convert.data import (
     Preprocess,
     Source,
@@ -47,7 +47,7 @@ from siman_convert.onnx_op import INPUTS
 from siman_convert.operator_check import OperatorCheck, check_operators
 from siman_convert.packed import round_to_half
 from siman_convert.runs import Run, find_run
-from siman_convert.runtime import reference
+from siman_convert.runtime import native, reference
 from siman_convert.subjects import (
     SUFFIXES,
     Subject,
@@ -125,7 +125,7 @@ def verify_file(
     core = _without_preprocessing(file.model) if file.variant.takes_images else file.model
     layers = {node.name: node.input[0] for node in binary_nodes(core)}
     tapped = _tapped(core)
-    ort = _graph_runner(ort_session(tapped.SerializeToString()).run, layers)
+    ort = _graph_runner(native.open_session(tapped.SerializeToString()).run, layers)
     batches = _images(source, eval_transform(preprocess), BATCH, images)
     first = next(batches)
     operators = list(check_operators(core, tapped, first[:OPERATOR_IMAGES]))
@@ -372,7 +372,7 @@ def _pixel_difference(file: OnnxFile, source: Source) -> float:
     only.CopyFrom(file.model)
     pixels = next(value for value in file.model.graph.value_info if value.name == INPUT)
     only.graph.output.append(pixels)
-    session = ort_session(only.SerializeToString())
+    session = native.open_session(only.SerializeToString())
     units = 255 * torch.tensor(preprocess.std).view(1, -1, 1, 1)
     expected = _images(source, eval_transform(preprocess), 1, PREPROCESSED_IMAGES)
     given = _images(source, pixel_transform(preprocess), 1, PREPROCESSED_IMAGES)

@@ -79,7 +79,7 @@ def test_export_says_what_it_did(life: Life) -> None:
     lines = life.exported.splitlines()
     assert "folded    4 Add, 11 BatchNormalization, 11 Relu into 11 binary convolutions" in lines
     verified = [line for line in lines if line.startswith("verified  ")]
-    assert verified[0].startswith("verified  11 of 11 operators equal in torch, onnxruntime and reference (")
+    assert verified[0].startswith("verified  11 of 11 operators equal in torch, onnxruntime,")
     assert "reference and onnxruntime: top-1 agrees on 4 of 4 images (100.00 %)" in verified[1]
     assert "torch and onnxruntime: top-1 agrees on " in verified[2]
     assert len(verified) == 3
@@ -180,8 +180,8 @@ def test_what_eval_refuses(life: Life, far: Path, tmp_path: Path, capsys: pytest
     for what in (str(far / "model.onnx"), str(far / "model.safetensors"), str(life.onnx), str(life.run.folder)):
         assert "its 2 classes are not the 10 that" in refused(["eval", what, *other], capsys)
     line = refused(["eval", str(life.onnx), "--backend", "torch"], capsys)
-    assert "use --backend onnxruntime or reference, or name the run" in line
-    assert "expected torch, onnxruntime, reference" in refused(["eval", str(life.onnx), "--backend", "tvm"], capsys)
+    assert "use --backend native, onnxruntime or reference, or name the run" in line
+    assert "expected torch, native, onnxruntime, reference" in refused(["eval", str(life.onnx), "--backend", "tvm"], capsys)
     assert "--last and --full-precision are for runs" in refused(["eval", str(life.onnx), "--last"], capsys)
     run = str(life.run.folder)
     line = refused(["eval", run, "--backend", "onnxruntime", "--full-precision"], capsys)

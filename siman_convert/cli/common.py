@@ -13,7 +13,9 @@ Output = Annotated[Path, typer.Option("--output", help="Folder that holds the ru
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 BackendName = Annotated[
     str | None,
-    typer.Option("--backend", help="torch, onnxruntime or reference; default: onnxruntime for ONNX files, else torch."),
+    typer.Option(
+        "--backend", help="torch, native, onnxruntime or reference; default: native for ONNX files, else torch."
+    ),
 ]
 Workers = Annotated[int, typer.Option("-j", "--workers", min=0, help="Processes that load images; 0: none.")]
 

@@ -1,5 +1,6 @@
 """`siman eval`: accuracy of a run's weights, or of an exported file, on images."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,10 +36,11 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from siman_convert.backends import require_backend
+    from siman_convert.backends import default_onnx_backend, require_backend
     from siman_convert.errors import InputError
     from siman_convert.evaluation import evaluate as evaluate_subject
     from siman_convert.runs import find_run
+    from siman_convert.runtime import native
     from siman_convert.subjects import is_file
 
     if last and full_precision:
@@ -59,7 +61,11 @@ def evaluate(
     )
     name = str(found) if isinstance(found, Path) else str(found.folder)
     weights = None if file else which
-    ran = backend or ("onnxruntime" if name.endswith(".onnx") else "torch")
+    ran = backend or (default_onnx_backend() if name.endswith(".onnx") else "torch")
+    if ran == "native":
+        ran += f" ({native.variant()})"
+    elif ran == "onnxruntime" and backend is None:
+        print(f"siman: {native.MISSING}", file=sys.stderr)
     if as_json:
         bad = [record._asdict() for record in metrics.bad]
         rate = {"images_per_second": metrics.images_per_second}

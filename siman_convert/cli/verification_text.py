@@ -16,7 +16,8 @@ def summary_lines(found: Verification) -> Iterator[str]:
     outputs = sum(check.outputs for check in operators)
     beside = sum(sum(check.neighbouring.values()) for check in operators)
     rounded = f"; {beside:,} beside a mean that rounds differently" if beside else ""
-    yield f"{equal} of {len(operators)} operators equal in torch, onnxruntime and reference ({outputs:,} outputs{rounded})"
+    backends = ", ".join(operators[0].different) if operators else "no backend"
+    yield f"{equal} of {len(operators)} operators equal in {backends} and reference ({outputs:,} outputs{rounded})"
     for check in found.models:
         yield _model_line(check)
     if found.pixels is not None:

@@ -1,0 +1,90 @@
+"""The native library: where it is, which instruction set it chose, and ONNX Runtime sessions with it registered.
+
+It is built by `pip install`; without a C++ compiler the install is pure Python, and everything works through the function
+body in the file, at about the speed of the full-precision network.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+
+import onnxruntime
+
+import siman_convert
+from siman_convert.errors import InputError
+
+_NAMES = ("libsiman_native.so", "libsiman_native.dylib", "libsiman_native.dll")
+ISA = "SIMAN_ISA"  # environment variable that forces a variant
+MISSING = (
+    "the native kernels are not installed (there was no C++ compiler): binary convolutions run as ordinary ones, several times "
+    "slower; install a compiler, then `pip install --force-reinstall --no-deps siman-convert`"
+)
+
+
+@cache
+def library() -> Path | None:
+    """The library's file, or None where it was not built."""
+    folders = [Path(folder) / "native" for folder in siman_convert.__path__]  # an editable install has two
+    return next((folder / name for folder in folders for name in _NAMES if (folder / name).is_file()), None)
+
+
+def variants() -> dict[str, bool]:
+    """Instruction sets the library was built for, best first, and whether this processor has them."""
+    path = library()
+    if path is None:
+        return {}
+    c = ctypes.CDLL(str(path))
+    c.siman_variant_name.restype = ctypes.c_char_p
+    c.siman_variant_name.argtypes = c.siman_variant_supported.argtypes = [ctypes.c_size_t]
+    found: dict[str, bool] = {}
+    while name := c.siman_variant_name(len(found)):
+        found[name.decode()] = bool(c.siman_variant_supported(len(found)))
+    return found
+
+
+def variant() -> str | None:
+    """The instruction set that sessions use: SIMAN_ISA, or the best one here; None without the library.
+
+    Raises InputError for a SIMAN_ISA that the library or the processor does not have.
+    """
+    known = variants()
+    if not known:
+        return None
+    forced = os.environ.get(ISA)
+    if forced is None:
+        return next(name for name, supported in known.items() if supported)
+    if not known.get(forced):
+        usable = ", ".join(name for name, supported in known.items() if supported)
+        what = "this processor does not have it" if forced in known else "there is no such variant"
+        raise InputError(f"{ISA}={forced}: {what}; expected one of {usable}")
+    return forced
+
+
+def session(path: str | Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU that runs siman's operators natively; `path` may be the file's bytes.
+
+    `threads`: of its pool; None: ONNX Runtime's choice. Without the library the function body in the file runs.
+    Raises InputError where ONNX Runtime refuses the file, and for an unusable SIMAN_ISA.
+    """
+    return open_session(path, threads, use_kernels=variant() is not None)
+
+
+def open_session(
+    path: str | Path | bytes, threads: int | None = None, *, use_kernels: bool = False
+) -> onnxruntime.InferenceSession:
+    """A session with the native kernels, or stock."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; it warns about things its own optimizer does
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if use_kernels:
+        options.register_custom_ops_library(str(library()))
+    try:
+        given = path if isinstance(path, bytes) else str(path)
+        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no public base class
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"ONNX Runtime cannot open the graph: {reason}") from error
