@@ -181,7 +181,9 @@ def test_what_eval_refuses(life: Life, far: Path, tmp_path: Path, capsys: pytest
         assert "its 2 classes are not the 10 that" in refused(["eval", what, *other], capsys)
     line = refused(["eval", str(life.onnx), "--backend", "torch"], capsys)
     assert "use --backend native, onnxruntime or reference, or name the run" in line
-    assert "expected torch, native, onnxruntime, reference" in refused(["eval", str(life.onnx), "--backend", "tvm"], capsys)
+    assert "expected torch, native, onnxruntime, reference" in refused(
+        ["eval", str(life.onnx), "--backend", "tvm"], capsys
+    )
     assert "--last and --full-precision are for runs" in refused(["eval", str(life.onnx), "--last"], capsys)
     run = str(life.run.folder)
     line = refused(["eval", run, "--backend", "onnxruntime", "--full-precision"], capsys)
