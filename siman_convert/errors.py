@@ -23,3 +23,8 @@ class Interrupted(SimanError):  # noqa: N818  nothing went wrong: what was asked
     """A run was asked to stop; the message says what is saved. Exits with 130."""
 
     exit_code = 130
+
+
+def one_line(text: str) -> str:
+    """At most 900 printable characters: names in a file may hold anything, line breaks and terminal codes too."""
+    return "".join(character if character.isprintable() else " " for character in text)[:900]

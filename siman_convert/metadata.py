@@ -16,7 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from siman_convert.description import FORMAT, Description, canonical_json
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, one_line
 from siman_convert.plans import Plan
 
 AGAIN = "the file is damaged or not complete: export it again"
@@ -117,5 +117,4 @@ def located(where: str | Path) -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        text = "".join(character if character.isprintable() else " " for character in str(error))
-        raise InputError(f"{where}: {text[:900]}") from error
+        raise InputError(f"{where}: {one_line(str(error))}") from error

@@ -23,7 +23,7 @@ from onnx import numpy_helper
 
 from siman_convert.bits import check_packed
 from siman_convert.description import KEY, Description, canonical_json
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, one_line
 from siman_convert.metadata import from_metadata, to_metadata
 from siman_convert.onnx_op import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, VERSION
 from siman_convert.runtime.reference import check_attributes
@@ -89,9 +89,8 @@ def parse_onnx(data: bytes) -> OnnxFile:
     """`read_onnx` of bytes."""
     try:
         return _parse(data)
-    except InputError as error:  # names in the file may hold anything
-        text = "".join(character if character.isprintable() else " " for character in str(error))
-        raise InputError(text[:900]) from None
+    except InputError as error:
+        raise InputError(one_line(str(error))) from None
 
 
 def _parse(data: bytes) -> OnnxFile:
