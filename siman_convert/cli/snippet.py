@@ -9,6 +9,7 @@ from siman_convert.description import Description
 from siman_convert.onnx_file import Variant
 
 _HOSTS = """\
+With siman installed, siman_convert.session(path) is the same session with the native kernels.
 C++         the onnxruntime release for your platform: Ort::Session(env, "model.onnx", options)
 C#          dotnet add package Microsoft.ML.OnnxRuntime: new InferenceSession("model.onnx")
 JavaScript  npm install onnxruntime-node, or onnxruntime-web in a browser: InferenceSession.create("model.onnx")
