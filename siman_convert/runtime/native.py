@@ -25,7 +25,7 @@ MISSING = (
 
 
 @cache
-def library() -> Path | None:
+def find_library() -> Path | None:
     """The library's file, or None where it was not built."""
     folders = [Path(folder) / "native" for folder in siman_convert.__path__]  # an editable install has two
     return next((folder / name for folder in folders for name in _NAMES if (folder / name).is_file()), None)
@@ -33,7 +33,7 @@ def library() -> Path | None:
 
 def variants() -> dict[str, bool]:
     """Instruction sets the library was built for, best first, and whether this processor has them."""
-    path = library()
+    path = find_library()
     if path is None:
         return {}
     c = ctypes.CDLL(str(path))
@@ -81,7 +81,7 @@ def open_session(
     if threads is not None:
         options.intra_op_num_threads = threads
     if use_kernels:
-        options.register_custom_ops_library(str(library()))
+        options.register_custom_ops_library(str(find_library()))
     try:
         given = path if isinstance(path, bytes) else str(path)
         return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])

@@ -14,7 +14,7 @@ from siman_convert.backends import default_onnx_backend, open_backend
 from siman_convert.runtime import native
 from siman_convert.subjects import Subject
 
-needs_library = pytest.mark.skipif(native.library() is None, reason="the native library was not built here")
+needs_library = pytest.mark.skipif(native.find_library() is None, reason="the native library was not built here")
 
 
 def two_layers():
@@ -31,7 +31,7 @@ def model_path(tmp_path: Path) -> Path:
 
 def test_the_library_is_there_where_it_has_to_be() -> None:
     if os.environ.get("SIMAN_REQUIRE_NATIVE") == "1":
-        assert native.library() is not None
+        assert native.find_library() is not None
         assert native.variant() in native.variants()
 
 
@@ -68,7 +68,7 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
 
 def test_without_the_library(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The function body runs; asking for the kernels says what is missing and what that costs."""
-    monkeypatch.setattr(native, "library", lambda: None)
+    monkeypatch.setattr(native, "find_library", lambda: None)
     assert native.variant() is None
     assert default_onnx_backend() == "onnxruntime"
     X = np.random.default_rng(0).integers(-64, 64, (2, 70, 9, 10)).astype(np.float32)
