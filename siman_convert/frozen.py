@@ -134,13 +134,10 @@ def packed_layers(model: nn.Module) -> dict[str, PackedConv2d]:
 def halved_names(model: nn.Module) -> set[str]:
     """The tensors of a packed model that --half stores as float16: weights of two or more dimensions left in full precision.
 
-    Biases, BatchNorms and the packed layers' own scales stay float32: they are small, and everything depends on them.
+    Biases, BatchNorms and the packed layers' scales have one dimension and stay float32: they are small, and everything
+    depends on them.
     """
-    own = {f"{name}.{key}" for name, layer in packed_layers(model).items() for key in layer.state_dict()}
-    state = model.state_dict()
-    return {
-        name for name, tensor in state.items() if tensor.ndim >= 2 and tensor.is_floating_point() and name not in own
-    }
+    return {name for name, tensor in model.state_dict().items() if tensor.ndim >= 2 and tensor.is_floating_point()}
 
 
 def integer_conv(x: Tensor, weight_bits: Tensor, channels: int, geometry: Geometry, center: bool = True) -> Tensor:

@@ -178,7 +178,6 @@ def _check_add(operator: _Operator, add: ir.Node) -> str | None:
 
 def _fold_add(operator: _Operator, add: ir.Node) -> None:
     operator.residual = _other_operand(operator, add)
-    operator.node.replace_input_with(RESIDUAL, operator.residual)
     operator.absorb(add)
 
 
