@@ -1,4 +1,6 @@
 // The C interface: null pointers and names are checked here, sizes in geometry.cpp; no exception leaves.
+#include <algorithm>
+#include <chrono>
 #include <cstdlib>
 #include <new>
 #include <string_view>
@@ -102,3 +104,19 @@ const char* siman_variant_name(size_t index) {
 }
 
 int siman_variant_supported(size_t index) { return index < variant_count() && siman::kVariants[index].supported(); }
+
+siman_status siman_measure_ceiling(const char* variant, double seconds, double* per_second) {
+  constexpr int64_t kSteps = 1 << 13;  // well under a millisecond: some runs are not interrupted
+  if (!per_second) return SIMAN_NULL_ARGUMENT;
+  const siman::Variant* chosen = nullptr;
+  if (const siman_status status = choose(variant, &chosen); status != SIMAN_OK) return status;
+  using Clock = std::chrono::steady_clock;
+  int32_t sink = 0;
+  *per_second = 0;
+  for (const auto begin = Clock::now(); std::chrono::duration<double>(Clock::now() - begin).count() < seconds;) {
+    const auto start = Clock::now();
+    const auto products = static_cast<double>(chosen->count_registers(kSteps, &sink));
+    *per_second = std::max(*per_second, products / std::chrono::duration<double>(Clock::now() - start).count());
+  }
+  return SIMAN_OK;
+}

@@ -13,10 +13,7 @@
 namespace siman {
 namespace {
 
-#include "kernels/mean.inl"
-#include "kernels/pack.inl"
-#include "kernels/epilogue.inl"
-#include "kernels/convolve.inl"
+#include "kernels/variant.inl"
 #include "kernels/one_lane.inl"
 #include "kernels/avx2.inl"
 
@@ -47,6 +44,11 @@ struct Ops {
   static Activation broadcast(const uint8_t* unit) {
     const auto* table = reinterpret_cast<const uint8_t*>(kTables.differing) + *unit;
     return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
+  }
+  template <class Value>
+  static Value opaque(Value value) {
+    __asm__ volatile("" : "+x"(value));
+    return value;
   }
   static void zero(Part& part) { part = _mm256_setzero_si256(); }
   static void zero(Wide& wide) { wide.low = wide.high = _mm256_setzero_si256(); }

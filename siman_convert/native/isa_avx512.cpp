@@ -7,10 +7,7 @@
 namespace siman {
 namespace {
 
-#include "kernels/mean.inl"
-#include "kernels/pack.inl"
-#include "kernels/epilogue.inl"
-#include "kernels/convolve.inl"
+#include "kernels/variant.inl"
 #include "kernels/one_lane.inl"
 #include "kernels/avx2.inl"
 #include "kernels/words.inl"
@@ -31,6 +28,11 @@ struct Ops : WordLayout<8> {
     int64_t word;
     __builtin_memcpy(&word, bytes, 8);
     return _mm512_set1_epi64(word);
+  }
+  template <class Value>
+  static Value opaque(Value value) {
+    __asm__ volatile("" : "+v"(value));
+    return value;
   }
   static void zero(Part& part) { part = _mm512_setzero_si512(); }
   static void zero(Wide& wide) { wide.sum = _mm512_setzero_si512(); }

@@ -6,10 +6,7 @@
 namespace siman {
 namespace {
 
-#include "kernels/mean.inl"
-#include "kernels/pack.inl"
-#include "kernels/epilogue.inl"
-#include "kernels/convolve.inl"
+#include "kernels/variant.inl"
 #include "kernels/one_lane.inl"
 #include "kernels/words.inl"
 
@@ -71,6 +68,11 @@ struct Ops : WordLayout<2> {
     uint64_t word;
     __builtin_memcpy(&word, bytes, 8);
     return vreinterpretq_u8_u64(vdupq_n_u64(word));
+  }
+  template <class Value>
+  static Value opaque(Value value) {
+    __asm__ volatile("" : "+w"(value));
+    return value;
   }
   static void zero(Part& part) { part = vdupq_n_u8(0); }
   static void zero(Wide& wide) { wide.sum = vdupq_n_u16(0); }

@@ -5,10 +5,7 @@
 namespace siman {
 namespace {
 
-#include "kernels/mean.inl"
-#include "kernels/pack.inl"
-#include "kernels/epilogue.inl"
-#include "kernels/convolve.inl"
+#include "kernels/variant.inl"
 #include "kernels/one_lane.inl"
 #include "kernels/words.inl"
 
@@ -28,6 +25,11 @@ struct Ops : WordLayout<1> {
     return word;
   }
   static uint64_t broadcast(const uint8_t* bytes) { return load(bytes); }
+  template <class Value>
+  static Value opaque(Value value) {
+    __asm__ volatile("" : "+r"(value));
+    return value;
+  }
   static void zero(Part& part) { part = 0; }
   static void zero(Wide& wide) { wide.sum = 0; }
   static void count(Part& part, uint64_t w, uint64_t a) { part += __builtin_popcountll(w ^ a); }

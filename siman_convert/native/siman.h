@@ -85,6 +85,10 @@ SIMAN_API const char* siman_variant(const siman_conv* conv);
 SIMAN_API const char* siman_variant_name(size_t index);
 SIMAN_API int siman_variant_supported(size_t index); /* 1 where this CPU can run it */
 
+/* One-bit multiplications a second that this core reaches with the inner step of a variant on registers alone, the best
+   of many short runs in about `seconds`: the ceiling of its convolutions. variant: as in siman_create. */
+SIMAN_API siman_status siman_measure_ceiling(const char* variant, double seconds, double* per_second);
+
 #ifdef __cplusplus
 }
 #endif

@@ -61,6 +61,7 @@ struct Variant {
   // puts the weights of one tap of one filter into its lane, the units being `unit_stride` bytes apart
   void (*place)(const uint8_t* tap, size_t tap_bytes, int lane, uint8_t* vector, size_t unit_stride);
   void (*convolve)(const ConvTask& task);
+  int64_t (*count_registers)(int64_t steps, int32_t* sink);  // see ceiling.inl
 };
 
 struct NamedVariant {

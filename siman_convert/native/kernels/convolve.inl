@@ -13,6 +13,7 @@
 //   Weights, Activation, Part, Wide           a vector of weights; one unit of one pixel; counts, narrow and wide
 //   load(const uint8_t*), broadcast(const uint8_t*), zero(Part&), zero(Wide&)
 //   count(Part&, Weights, Activation)         differing bits are added
+//   opaque(value)                              the value, in a register, that the compiler knows nothing of
 //   kUnitsPerFlush, flush(Part&, Wide&)       after so many units a Part may be full: add it to the Wide, clear it
 //   kFlushes, store(Wide, base, acc)          after so many flushes a Wide may be full: acc = base - 2*Wide
 
@@ -189,20 +190,4 @@ template <class Ops, class Floats>
 void convolve(const ConvTask& t) {
   if (t.vectors == Ops::kVectors) return convolve_block<Ops, Floats, Ops::kVectors>(t);
   convolve_block<Ops, Floats, Ops::kFewVectors>(t);
-}
-
-// The entry of this instruction set: all of its kernels and the layout they want.
-template <class Ops, class Floats, class One, class Doubles>
-constexpr Variant variant(const char* name) {
-  return {name,
-          Ops::kLanes,
-          Ops::kVectors,
-          Ops::kFewVectors,
-          Ops::kUnitChannels,
-          Ops::kUnitBytes,
-          Ops::kVectorBytes,
-          sum_block<Doubles>,
-          pack<Floats, One, Ops>,
-          Ops::place,
-          convolve<Ops, Floats>};
 }

@@ -1,0 +1,31 @@
+// The step of the inner loop on registers alone: no loop over taps, no load, no epilogue can make it faster.
+
+// Adds up a tile `steps` times and returns the one-bit multiplications that this was. `sink` keeps the compiler from
+// dropping them, opaque() from seeing that it adds the same every time and from reordering what fits the registers.
+template <class Ops>
+int64_t count_registers(int64_t steps, int32_t* sink) {
+  constexpr int F = Ops::kVectors, P = Ops::kPixels;
+  const uint8_t bytes[Ops::kVectorBytes] = {};
+  typename Ops::Weights w[F];
+  for (auto& vector : w) vector = Ops::opaque(Ops::load(bytes));
+  auto a = Ops::broadcast(bytes);
+  Counts<Ops, F, P> counts;
+  for (int64_t s = 0; s < steps; ++s) {
+    for (int p = 0; p < P; ++p) {
+      a = Ops::opaque(a);
+      for (int f = 0; f < F; ++f) {
+        auto part = counts.part[f][p];
+        Ops::count(part, w[f], a);
+        counts.part[f][p] = Ops::opaque(part);
+      }
+    }
+  }
+  const int32_t zeros[F * Ops::kLanes] = {};
+  const int32_t* base[P];
+  for (auto& from : base) from = zeros;
+  counts.flush();
+  int32_t acc[P * F * Ops::kLanes];
+  counts.store(base, acc);
+  for (const int32_t value : acc) *sink += value;
+  return steps * F * P * Ops::kLanes * Ops::kUnitChannels;
+}
