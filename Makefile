@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint dist dist-aarch64 clean
 
 demo: $(VENV)/installed
 	$(BIN)/siman convert resnet18 --data digits --weights none --recipe demo
@@ -20,6 +20,15 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The wheel and the C library alone, for this machine or, with Debian's cross compiler, for 64-bit ARM.
+dist-aarch64: CROSS = CMAKE_TOOLCHAIN_FILE=$(CURDIR)/siman_convert/native/cmake/aarch64-linux-gnu.cmake \
+	_PYTHON_HOST_PLATFORM=linux-aarch64
+dist dist-aarch64: $(VENV)/installed
+	$(CROSS) SIMAN_REQUIRE_NATIVE=1 $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(CROSS) $(BIN)/cmake -S siman_convert/native -B build/$@
+	$(BIN)/cmake --build build/$@ --target standalone --parallel
+	mv build/$@/*.tar.gz dist
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
