@@ -17,6 +17,16 @@ struct FourFloats {
 
   static Vec load(const float* x) { return vld1q_f32(x); }
   static void store(float* y, Vec v) { vst1q_f32(y, v); }
+  static Vec load_some(const float* x, size_t count) {
+    float some[kLanes] = {};
+    for (size_t k = 0; k < count; ++k) some[k] = x[k];
+    return load(some);
+  }
+  static void store_some(float* y, Vec v, size_t count) {
+    float some[kLanes];
+    store(some, v);
+    for (size_t k = 0; k < count; ++k) y[k] = some[k];
+  }
   static Vec set(float x) { return vdupq_n_f32(x); }
   static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
@@ -53,7 +63,7 @@ struct TwoDoubles {
 };
 
 // 4 vectors x 5 pixels: 20 sums, 4 weights, an activation and scratch of the 32 registers.
-struct Ops : WordLayout<2> {
+struct Ops : WordLayout<2, uint64_t> {
   static constexpr int kVectors = 4, kFewVectors = 2, kPixels = 5;
   static constexpr int64_t kUnitsPerFlush = 31, kFlushes = 132;  // 31*8 < 2^8, 132*31*16 < 2^16
   using Weights = uint8x16_t;
