@@ -22,6 +22,16 @@ struct FourFloats {
 
   static Vec load(const float* x) { return vld1q_f32(x); }
   static void store(float* y, Vec v) { vst1q_f32(y, v); }
+  static Vec load_some(const float* x, size_t count) {
+    float some[kLanes] = {};
+    for (size_t k = 0; k < count; ++k) some[k] = x[k];
+    return load(some);
+  }
+  static void store_some(float* y, Vec v, size_t count) {
+    float some[kLanes];
+    store(some, v);
+    for (size_t k = 0; k < count; ++k) y[k] = some[k];
+  }
   static Vec set(float x) { return vdupq_n_f32(x); }
   static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
@@ -60,7 +70,7 @@ struct TwoDoubles {
 // A vector is 2 registers of 2 filters: 8 registers of filters x 4 pixels are 16 sums, 4 weights and 12 left for the
 // steps in between. A packed pixel holds each word twice, so that it is loaded as it is xored: to duplicate a word is
 // one more instruction for the pipes that count.
-struct Ops : WordLayout<4> {
+struct Ops : WordLayout<4, uint64_t> {
   static constexpr int kVectors = 2, kFewVectors = 1, kPixels = 4;
   static constexpr int kUnitBytes = 16, kWordBytes = 16;
   static constexpr int64_t kUnitsPerFlush = 31, kFlushes = 66;  // 31*8 < 2^8, 66*31*16*2 < 2^16
@@ -68,18 +78,21 @@ struct Ops : WordLayout<4> {
     uint8x16_t low, high;  // filters 0 and 1, 2 and 3
   };
   using Activation = uint8x16_t;
-  using Part = Weights;
+  struct Part {
+    uint8x16_t low, high;
+  };
   struct Wide {
     uint16x8_t low, high;
   };
 
   static Weights load(const uint8_t* bytes) { return {vld1q_u8(bytes), vld1q_u8(bytes + 16)}; }
   static Activation broadcast(const uint8_t* bytes) { return vld1q_u8(bytes); }
-  static uint8x16_t opaque(uint8x16_t value) {
+  static Activation opaque(Activation value) {
     __asm__ volatile("" : "+w"(value));
     return value;
   }
   static Weights opaque(Weights value) { return {opaque(value.low), opaque(value.high)}; }
+  static Part opaque(Part value) { return value; }  // GCC would copy it, and keeps to the order as it is
   static void zero(Part& part) { part.low = part.high = vdupq_n_u8(0); }
   static void zero(Wide& wide) { wide.low = wide.high = vdupq_n_u16(0); }
   static void count(Part& part, Weights w, Activation a) {

@@ -9,9 +9,9 @@ namespace {
 #include "kernels/one_lane.inl"
 #include "kernels/words.inl"
 
-struct Ops : WordLayout<1> {
+struct Ops : WordLayout<1, uint64_t> {
   static constexpr int kVectors = 4, kFewVectors = 1, kPixels = 2;
-  static constexpr int64_t kUnitsPerFlush = 1 << 24, kFlushes = 2;  // never in between: at most 2^24 units
+  static constexpr int64_t kUnitsPerFlush = kMostUnits, kFlushes = 1;
   using Weights = uint64_t;
   using Activation = uint64_t;
   using Part = int64_t;

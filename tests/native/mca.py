@@ -40,7 +40,7 @@ def assembly(build_folder: Path) -> str:
 
 
 def inner_loop(text: str) -> list[str]:
-    """The instructions of the loop of a convolve function, without a loop inside, that counts most: the full tile's."""
+    """The instructions of the loop of tile_inside, without a loop inside, that counts most: the full tile's."""
     body: list[str] = []
     best: list[str] = []
     start = function = ""
@@ -51,10 +51,10 @@ def inner_loop(text: str) -> list[str]:
         elif line.startswith("\t") and not line.startswith("\t."):
             body.append(line.strip())
             branch = BRANCH.match(line)
-            if branch and branch[1] == start and "convolve" in function and counts(body) > counts(best):
+            if branch and branch[1] == start and "tile_inside" in function and counts(body) > counts(best):
                 best = body.copy()
     if not best:
-        raise SystemExit("mca.py: no loop with a cnt in a convolve function")
+        raise SystemExit("mca.py: no loop with a cnt in tile_inside")
     return best
 
 

@@ -7,7 +7,7 @@ import mca
 import pytest
 
 ASSEMBLY = """\
-_ZN5siman13convolve_tileEv:
+_ZN5siman11tile_insideEv:
 \tmovi\tv3.4s, 0
 .L2:
 \tldr\tx1, [x0]
@@ -38,7 +38,7 @@ def listing(*steps):
     return ASSEMBLY.format(step="\n".join(f"\t{instruction}" for instruction in steps))
 
 
-def test_the_loop_is_the_innermost_one_of_a_convolve_function():
+def test_the_loop_is_the_innermost_one_of_tile_inside():
     loop = mca.inner_loop(listing(*step(3)))
     assert loop == ["ldr\tq1, [x1], 16", *step(3), "cmp\tx1, x2", "bne\t.L3"]
     assert mca.counts(loop) == 1

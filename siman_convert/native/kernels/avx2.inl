@@ -7,6 +7,12 @@ struct EightFloats {
 
   static Vec load(const float* x) { return _mm256_loadu_ps(x); }
   static void store(float* y, Vec v) { _mm256_storeu_ps(y, v); }
+  static __m256i first(size_t count) {
+    const __m256i lane = _mm256_set_epi32(7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane);
+  }
+  static Vec load_some(const float* x, size_t count) { return _mm256_maskload_ps(x, first(count)); }
+  static void store_some(float* y, Vec v, size_t count) { _mm256_maskstore_ps(y, first(count), v); }
   static Vec set(float x) { return _mm256_set1_ps(x); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }

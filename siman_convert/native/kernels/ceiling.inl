@@ -9,23 +9,22 @@ int64_t count_registers(int64_t steps, int32_t* sink) {
   typename Ops::Weights w[F];
   for (auto& vector : w) vector = Ops::opaque(Ops::load(bytes));
   auto a = Ops::broadcast(bytes);
-  Counts<Ops, F, P> counts;
+  const int32_t zeros[F * Ops::kLanes] = {};
+  const int32_t* base[P];
+  for (auto& from : base) from = zeros;
+  int32_t acc[P * F * Ops::kLanes];
+  Tile<Ops, F, P> tile(base, acc);
   for (int64_t s = 0; s < steps; ++s) {
     for (int p = 0; p < P; ++p) {
       a = Ops::opaque(a);
       for (int f = 0; f < F; ++f) {
-        auto part = counts.part[f][p];
+        auto part = tile.part[f][p];
         Ops::count(part, w[f], a);
-        counts.part[f][p] = Ops::opaque(part);
+        tile.part[f][p] = Ops::opaque(part);
       }
     }
   }
-  const int32_t zeros[F * Ops::kLanes] = {};
-  const int32_t* base[P];
-  for (auto& from : base) from = zeros;
-  counts.flush();
-  int32_t acc[P * F * Ops::kLanes];
-  counts.store(base, acc);
+  tile.finish();
   for (const int32_t value : acc) *sink += value;
   return steps * F * P * Ops::kLanes * Ops::kUnitChannels;
 }

@@ -3,23 +3,18 @@
 //
 // acc lies [pixel][filter], Y lies [filter][pixel]: blocks of kLanes x kLanes are transposed on the way.
 //
-// Floats: kLanes, Vec, load, store, set, mul, add, prelu(v, slope), from_ints(const int32_t*), transpose(Vec
+// Floats: kLanes, Vec, load, store, load_some(const float*, count), store_some(float*, Vec, count), set, mul, add,
+// prelu(v, slope), from_ints(const int32_t*), transpose(Vec
 // (&)[kLanes]).
 
 template <class Floats>
-SIMAN_INLINE typename Floats::Vec load_some(const float* x, size_t count) {
-  if (count == Floats::kLanes) return Floats::load(x);
-  float some[Floats::kLanes] = {};
-  for (size_t k = 0; k < count; ++k) some[k] = x[k];
-  return Floats::load(some);
+SIMAN_INLINE typename Floats::Vec load_up_to(const float* x, size_t count) {
+  return count == Floats::kLanes ? Floats::load(x) : Floats::load_some(x, count);
 }
 
 template <class Floats>
-SIMAN_INLINE void store_some(float* y, typename Floats::Vec v, size_t count) {
-  if (count == Floats::kLanes) return Floats::store(y, v);
-  float some[Floats::kLanes];
-  Floats::store(some, v);
-  for (size_t k = 0; k < count; ++k) y[k] = some[k];
+SIMAN_INLINE void store_up_to(float* y, typename Floats::Vec v, size_t count) {
+  count == Floats::kLanes ? Floats::store(y, v) : Floats::store_some(y, v, count);
 }
 
 // kLanes filters from `filter` on x `count` <= kLanes pixels from flat output position `pixel` on.
@@ -38,10 +33,10 @@ SIMAN_INLINE void finish_block(const ConvTask& t, const int32_t* acc, size_t str
   const float* residual = residual_is_full ? t.residual + first : t.residual;
   float* y = t.y + first;
   for (size_t k = 0; k < filters; ++k, y += plane) {
-    const auto added = residual_is_full ? load_some<Floats>(residual + k * plane, count) : Floats::set(*residual);
+    const auto added = residual_is_full ? load_up_to<Floats>(residual + k * plane, count) : Floats::set(*residual);
     const auto scaled = Floats::mul(Floats::set(scale[k]), block[k]);
     const auto v = Floats::add(Floats::add(scaled, Floats::set(bias[k])), added);
-    store_some<Floats>(y, Floats::prelu(v, Floats::set(slope[k])), count);
+    store_up_to<Floats>(y, Floats::prelu(v, Floats::set(slope[k])), count);
   }
 }
 

@@ -7,6 +7,8 @@ struct OneFloat {
 
   static Vec load(const float* x) { return *x; }
   static void store(float* y, Vec v) { *y = v; }
+  static Vec load_some(const float*, size_t) { return 0; }  // there are none between 0 and 1
+  static void store_some(float*, Vec, size_t) {}
   static Vec set(float x) { return x; }
   static Vec mul(Vec a, Vec b) { return a * b; }
   static Vec add(Vec a, Vec b) { return a + b; }

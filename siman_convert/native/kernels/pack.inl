@@ -7,14 +7,17 @@
 // append(Bits, Vec x, Vec threshold), words(Bits low, Bits high, uint64_t*). Ops: kWordBytes, store_word(uint8_t*,
 // uint64_t).
 
-template <class Floats>
-typename Floats::Bits compare_channels(const float* x, size_t plane, size_t channels, typename Floats::Vec threshold) {
-  auto bits = Floats::no_bits();
-  for (size_t c = channels; c-- > 0;) bits = Floats::append(bits, Floats::load(x + c * plane), threshold);
-  return bits;
+// Of V vectors of pixels: as many planes as there are channels are read in turns, in pieces of a few cache lines.
+template <class Floats, int V>
+SIMAN_INLINE void compare_channels(const float* x, size_t plane, size_t channels, typename Floats::Vec threshold,
+                                   typename Floats::Bits (&bits)[V]) {
+  for (auto& vector : bits) vector = Floats::no_bits();
+  for (size_t c = channels; c-- > 0;)
+    for (int v = 0; v < V; ++v)
+      bits[v] = Floats::append(bits[v], Floats::load(x + c * plane + v * Floats::kLanes), threshold);
 }
 
-template <class Floats, class Ops>
+template <class Floats, class Ops, int V>
 void pack_lanes(const PackTask& t, size_t pixel) {
   const auto threshold = Floats::set(t.threshold);
   uint8_t* out = t.packed + pixel * t.pixel_bytes;
@@ -22,18 +25,25 @@ void pack_lanes(const PackTask& t, size_t pixel) {
     const size_t channels = t.channels - c < 64 ? t.channels - c : 64;
     const size_t in_low = channels < 32 ? channels : 32;
     const float* x = t.x + c * t.plane + pixel;
-    const auto low = compare_channels<Floats>(x, t.plane, in_low, threshold);
-    const auto high = compare_channels<Floats>(x + 32 * t.plane, t.plane, channels - in_low, threshold);
-    uint64_t words[Floats::kLanes];
-    Floats::words(low, high, words);
-    for (int k = 0; k < Floats::kLanes; ++k) Ops::store_word(out + k * t.pixel_bytes, words[k]);
+    typename Floats::Bits low[V], high[V];
+    compare_channels<Floats>(x, t.plane, in_low, threshold, low);
+    compare_channels<Floats>(x + 32 * t.plane, t.plane, channels - in_low, threshold, high);
+    for (int v = 0; v < V; ++v) {
+      uint64_t words[Floats::kLanes];
+      Floats::words(low[v], high[v], words);
+      for (int k = 0; k < Floats::kLanes; ++k)
+        Ops::store_word(out + (v * Floats::kLanes + k) * t.pixel_bytes, words[k]);
+    }
   }
 }
 
 // `One` is Floats of a single lane, for what does not fill a vector.
 template <class Floats, class One, class Ops>
 void pack(const PackTask& t) {
+  constexpr int kMany = 4;
   size_t pixel = t.begin;
-  for (; pixel + Floats::kLanes <= t.end; pixel += Floats::kLanes) pack_lanes<Floats, Ops>(t, pixel);
-  for (; pixel < t.end; ++pixel) pack_lanes<One, Ops>(t, pixel);
+  for (; pixel + kMany * Floats::kLanes <= t.end; pixel += kMany * Floats::kLanes)
+    pack_lanes<Floats, Ops, kMany>(t, pixel);
+  for (; pixel + Floats::kLanes <= t.end; pixel += Floats::kLanes) pack_lanes<Floats, Ops, 1>(t, pixel);
+  for (; pixel < t.end; ++pixel) pack_lanes<One, Ops, 1>(t, pixel);
 }
