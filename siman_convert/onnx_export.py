@@ -29,6 +29,7 @@ from siman_convert.errors import SimanError
 from siman_convert.frozen import halved_names, packed_layers
 from siman_convert.onnx_fold import Folding, fold
 from siman_convert.onnx_op import DOMAIN, OP_NAME, VERSION, function_body
+from siman_convert.plans import Size
 
 OPSET = 20
 INPUT, OUTPUT = "input", "logits"
@@ -40,23 +41,34 @@ def build_onnx(model: nn.Module) -> tuple[onnx.ModelProto, Folding]:
 
     Raises SimanError where torch's exporter cannot follow the model.
     """
-    exported = _export(model)
+    description = description_of(model)
+    for name, layer in packed_layers(model).items():
+        layer.name = name
+    exported = _export(model, description.architecture, description.preprocess.input_size)
     graph = exported.graph
-    if description_of(model).half:
+    if description.half:
         _store_as_half(graph, halved_names(model))
     # A BatchNorm behind a float16 weight stays: folding would round that weight once more. Hosts fold it when they open.
     onnxscript.optimizer.optimize_ir(exported, should_fold=lambda node: False if _is_widening(node) else None)
     report = fold(graph)
-    passes.RemoveUnusedNodesPass()(exported)
-    passes.RemoveUnusedOpsetsPass()(exported)
-    _name_nodes(graph)
-    return _finish(exported), report
+    finished = _finish(exported)
+    opsets = {opset.domain: opset.version for opset in finished.opset_import}
+    assert opsets.get(DOMAIN) == VERSION, opsets
+    finished.functions.append(function_body(opsets[""]))
+    return finished, report
 
 
-def _export(model: nn.Module) -> ir.Model:
-    size = description_of(model).preprocess.input_size
-    for name, layer in packed_layers(model).items():
-        layer.name = name
+def build_float_onnx(model: nn.Module, name: str, size: Size) -> onnx.ModelProto:
+    """The ONNX model of an ordinary torch model called `name`, on images of `size` (C, H, W); inputs as `build_onnx`'s.
+
+    The BatchNorms that follow its convolutions are folded into them. Raises SimanError as `build_onnx` does.
+    """
+    exported = _export(model, name, size)
+    onnxscript.optimizer.optimize_ir(exported)
+    return _finish(exported)
+
+
+def _export(model: nn.Module, name: str, size: Size) -> ir.Model:
     batch = torch.export.Dim("batch")
     image = torch.zeros(2, *size)
     with _quiet(), torch.no_grad():
@@ -68,7 +80,7 @@ def _export(model: nn.Module) -> ir.Model:
         except Exception as error:  # the exporter's errors share no base class
             cause = error.__cause__ or error  # its own text only says which step failed
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise SimanError(f"{description_of(model).architecture}: torch's ONNX exporter failed: {reason}") from error
+            raise SimanError(f"{name}: torch's ONNX exporter failed: {reason}") from error
     assert program is not None  # dynamo=True returns a program
     return program.model
 
@@ -123,12 +135,13 @@ def _numbered(base: str) -> Iterator[str]:
 
 
 def _finish(exported: ir.Model) -> onnx.ModelProto:
+    """The graph without what nothing reads, its nodes named after their layers, as protobuf."""
+    passes.RemoveUnusedNodesPass()(exported)
+    passes.RemoveUnusedOpsetsPass()(exported)
+    _name_nodes(exported.graph)
     model = ir.serde.serialize_model(exported)
     _strip(model)
     model.producer_name, model.producer_version, model.graph.name = "siman", "", "siman"
-    opsets = {opset.domain: opset.version for opset in model.opset_import}
-    assert opsets.get(DOMAIN) == VERSION, opsets
-    model.functions.append(function_body(opsets[""]))
     return model
 
 

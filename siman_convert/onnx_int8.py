@@ -119,7 +119,7 @@ def _quantizable(model: onnx.ModelProto) -> set[str]:
 
 
 def _quantize_static(model: onnx.ModelProto, names: set[str], reader: _Reader) -> onnx.ModelProto:
-    with tempfile.TemporaryDirectory(prefix="siman-") as folder, _quiet():
+    with tempfile.TemporaryDirectory(prefix="siman-") as folder, quiet_quantizer():
         source, target = Path(folder, "float.onnx"), Path(folder, "int8.onnx")
         onnx.save(model, source)  # of a ModelProto it would move the weights to a file that is gone afterwards
         try:
@@ -212,7 +212,7 @@ def _in_order_of(source: onnx.GraphProto, quantized: onnx.GraphProto) -> list[on
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_quantizer() -> Iterator[None]:
     """quantize_static logs on the root logger, which sets that one up if it has no handler; all that matters is raised."""
     root, handler, disabled = logging.getLogger(), logging.NullHandler(), logging.root.manager.disable
     root.addHandler(handler)

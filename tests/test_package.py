@@ -17,8 +17,8 @@ ORDER = [
     "errors", "hub", "files", "binarize", "bits", "layers", "environment", "recipe", "trace", "plans", "surgery", "costs",
     "model_table", "data", "guards", "onnx_op", "runtime", "metrics", "models", "runs", "frozen", "description", "metadata",
     "packed", "onnx_fold", "onnx_file", "onnx_preprocess", "onnx_int8", "onnx_export", "subjects", "backends", "watch",
-    "calibrate", "train", "evaluation", "operator_check", "verification", "prediction", "exporting", "inspection", "duration",
-    "preparation", "conversion", "cli",
+    "calibrate", "train", "evaluation", "operator_check", "verification", "prediction", "exporting", "benchmark",
+    "inspection", "duration", "preparation", "conversion", "cli",
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from siman_convert.cli import convert, evaluate, export, inspect, models, predict, recipes, runs, verify
+from siman_convert.cli import bench, convert, evaluate, export, inspect, models, predict, recipes, runs, verify
 from siman_convert.errors import SimanError
 
 HELP = """Turn a timm CNN into a binary neural network, and export one small file.
@@ -32,6 +32,7 @@ def make_app(rich_help: bool = True) -> typer.Typer:
     app.command("export")(export.export)
     app.command("predict")(predict.predict)
     app.command("verify")(verify.verify)
+    app.command("bench")(bench.bench)
     app.command("inspect")(inspect.inspect)
     app.command("models")(models.models)
     app.command("runs")(runs.runs)

@@ -63,6 +63,21 @@ def variant() -> str | None:
     return forced
 
 
+def ceiling(variant: str, seconds: float) -> float:
+    """1-bit multiplications a second that one core reaches with a variant's inner step on registers alone.
+
+    Measured for about `seconds`. Raises InputError for a variant that the library or the processor does not have.
+    """
+    c = ctypes.CDLL(str(find_library()))
+    c.siman_measure_ceiling.argtypes = [ctypes.c_char_p, ctypes.c_double, ctypes.POINTER(ctypes.c_double)]
+    c.siman_message.restype = ctypes.c_char_p
+    per_second = ctypes.c_double()
+    status = c.siman_measure_ceiling(variant.encode(), seconds, ctypes.byref(per_second))
+    if status:
+        raise InputError(f"{variant}: {c.siman_message(status).decode()}")
+    return per_second.value
+
+
 def session(path: str | Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU that runs siman's operators natively; `path` may be the file's bytes.
 
@@ -73,10 +88,14 @@ def session(path: str | Path | bytes, threads: int | None = None) -> onnxruntime
 
 
 def open_session(
-    path: str | Path | bytes, threads: int | None = None, *, use_kernels: bool = False
+    path: str | Path | bytes,
+    threads: int | None = None,
+    *,
+    use_kernels: bool = False,
+    options: onnxruntime.SessionOptions | None = None,
 ) -> onnxruntime.InferenceSession:
-    """A session with the native kernels, or stock."""
-    options = onnxruntime.SessionOptions()
+    """A session with the native kernels, or stock. `options`: what else it is to have; they are changed."""
+    options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; it warns about things its own optimizer does
     if threads is not None:
         options.intra_op_num_threads = threads

@@ -1,0 +1,74 @@
+"""`siman bench`: latency, throughput, memory and size beside full precision and int8 of the same network."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from siman_convert.cli.common import RUNS, Json, Output, print_json
+
+
+def bench(
+    what: Annotated[
+        str | None,
+        typer.Argument(metavar="[RUN|FILE]", help="A run, an .onnx or a .safetensors file; default: the newest run."),
+    ] = None,
+    last: Annotated[bool, typer.Option("--last", help="The last weights instead of the best, for a run.")] = False,
+    threads: Annotated[
+        str | None, typer.Option("--threads", metavar="N,...", help="How many; default: 1 and all cores.")
+    ] = None,
+    batch_size: Annotated[
+        str, typer.Option("-b", "--batch-size", metavar="N,...", help="Images at a time, as 1,16.")
+    ] = "1",
+    seconds: Annotated[float, typer.Option(help="To time each network for, at each setting.")] = 3.0,
+    backend: Annotated[
+        str | None, typer.Option("--backend", help="native or onnxruntime; default: native where it is installed.")
+    ] = None,
+    output: Output = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Time a binary network beside full precision and int8 of the same architecture.
+
+    All take turns in one process. Prints latency, throughput, whether binary is faster, sizes, and every layer's time.
+    """
+    from rich.console import Console
+
+    from siman_convert.backends import require_backend
+    from siman_convert.benchmark.comparison import bench
+    from siman_convert.cli.bench_text import ProgressLine, bench_record, render_bench
+    from siman_convert.errors import InputError
+    from siman_convert.runtime import native
+    from siman_convert.subjects import is_file
+
+    if last and what is not None and is_file(what):
+        raise InputError(f"{what} holds one network; --last is for runs")
+    chosen = require_backend(backend)
+    numbers = [] if threads is None else _numbers("--threads", threads)
+    sizes = _numbers("--batch-size", batch_size)
+    with ProgressLine() as progress:
+        found = bench(
+            what,
+            which="last" if last else "best",
+            backend=chosen,
+            threads=numbers,
+            batch_sizes=sizes,
+            seconds=seconds,
+            output=output,
+            progress=progress.show,
+        )
+    if found.backend == "onnxruntime" and backend is None:
+        print(f"siman: {native.MISSING}", file=sys.stderr)
+    if as_json:
+        print_json(bench_record(found))
+    else:
+        render_bench(Console(), found)
+
+
+def _numbers(flag: str, text: str) -> list[int]:
+    """1,2 as numbers; InputError for anything else."""
+    from siman_convert.errors import InputError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
+        raise InputError(f"{flag} {text!r}: expected whole numbers separated by commas, as {flag} 1,2")
+    return [int(part) for part in parts]
