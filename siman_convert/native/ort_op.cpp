@@ -227,10 +227,16 @@ int64_t positions(int64_t in, int64_t kernel, int64_t stride, int64_t before, in
   return room < 0 ? -1 : room / stride + 1;
 }
 
-const Api* the_api = nullptr;  // the shape callback is not handed one; set once, before any session exists
+// The operator as one ONNX Runtime knows it. A process may hold several, as where a plug-in brings its own beside
+// Python's; the shape callback is handed nothing else that tells them apart.
+struct Registered : CustomOp {
+  const Api* api;
+  Domain* domain;
+  const Registered* next;
+};
 
-Status* infer_shape(const CustomOp*, ShapeContext* context) {
-  const Api* api = the_api;
+Status* infer_shape(const CustomOp* op, ShapeContext* context) {
+  const Api* api = static_cast<const Registered*>(op)->api;
   return guarded(api, [&] {
     ShapeInfo *x_info = nullptr, *w_info = nullptr, *raw_y = nullptr;  // the first two belong to the context
     check(kInputShape(api, context, kX, &x_info));
@@ -276,19 +282,18 @@ const CustomOp kOp = {
     .in_place_and_alias = {},
 };
 
-// Session options keep a pointer to the domain, so that it lives as long as the process.
+// Session options and sessions keep pointers to the domain and the operator, so that both live as long as the process.
 Domain* domain(const Api* api) {
   static std::mutex mutex;
-  static Domain* made = nullptr;
+  static const Registered* first = nullptr;
   const std::lock_guard lock(mutex);
-  if (!made) {
-    Domain* fresh = nullptr;
-    check(kCreateDomain(api, "siman", &fresh));
-    check(kAddToDomain(api, fresh, &kOp));
-    the_api = api;
-    made = fresh;
-  }
-  return made;
+  for (const Registered* known = first; known; known = known->next)
+    if (known->api == api) return known->domain;
+  auto fresh = std::make_unique<Registered>(Registered{kOp, api, nullptr, first});
+  check(kCreateDomain(api, "siman", &fresh->domain));
+  check(kAddToDomain(api, fresh->domain, fresh.get()));
+  first = fresh.release();
+  return first->domain;
 }
 
 }  // namespace

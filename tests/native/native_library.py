@@ -147,6 +147,8 @@ class Library:
 
 @pytest.fixture(scope="session")
 def build_folder(tmp_path_factory) -> Path:
+    if built := os.environ.get("SIMAN_TEST_BUILD"):  # .ci/sanitizers: a build with sanitizers
+        return Path(built)
     try:
         for tools in (("c++", "g++", "clang++"), ("cmake",), ("ninja",)):
             find_tool(*tools)

@@ -1,0 +1,138 @@
+// What the C interface refuses, with the status that says why; and convolutions that come and go.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "siman.h"
+
+namespace {
+
+// 3 filters of 2x2 taps and 9 channels, whose weights are 2 bytes a tap with 7 padding bits.
+struct Case {
+  siman_geometry geometry{3, {2, 2}, 9, {1, 1}, {0, 1, 1, 0}, {1, 1}, 1, 1};
+  std::vector<uint8_t> weights = std::vector<uint8_t>(24, 1);
+  std::vector<float> floats = std::vector<float>(3, 0.5f);
+};
+
+constexpr int64_t kImage[] = {2, 9, 4, 5};
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+void expect(siman_status got, siman_status expected) {
+  require(got == expected, (std::string("expected: ") + siman_message(expected)).c_str());
+}
+
+siman_status try_create(const Case& c, const char* variant, siman_conv** conv) {
+  const float* f = c.floats.data();
+  return siman_create(&c.geometry, c.weights.data(), c.weights.size(), f, f, f, variant, conv);
+}
+
+siman_conv* create(const Case& c, const char* variant) {
+  siman_conv* conv = nullptr;
+  expect(try_create(c, variant, &conv), SIMAN_OK);
+  return conv;
+}
+
+void check_refused_geometries() {
+  struct {
+    int64_t siman_geometry::*field;
+    siman_status expected;
+  } fields[] = {{&siman_geometry::filters, SIMAN_BAD_FILTERS},
+                {&siman_geometry::channels, SIMAN_BAD_CHANNELS},
+                {&siman_geometry::group, SIMAN_BAD_GROUP},
+                {&siman_geometry::center, SIMAN_BAD_CENTER}};
+  siman_conv* conv = nullptr;
+  for (const int64_t value : {INT64_MIN, int64_t{-1}, int64_t{1} << 31, INT64_MAX}) {
+    for (const auto& [field, expected] : fields) {
+      Case c;
+      c.geometry.*field = value;
+      expect(try_create(c, "scalar", &conv), expected);
+    }
+    for (int i = 0; i < 4; ++i) {
+      Case kernel, strides, pads, dilations;
+      kernel.geometry.kernel[i % 2] = strides.geometry.strides[i % 2] = value;
+      pads.geometry.pads[i] = dilations.geometry.dilations[i % 2] = value;
+      expect(try_create(kernel, "scalar", &conv), SIMAN_BAD_KERNEL);
+      expect(try_create(strides, "scalar", &conv), SIMAN_BAD_STRIDES);
+      expect(try_create(pads, "scalar", &conv), SIMAN_BAD_PADS);
+      expect(try_create(dilations, "scalar", &conv), SIMAN_BAD_DILATIONS);
+    }
+  }
+  require(!conv, "nothing was made");
+}
+
+void check_refused_creations() {
+  const Case c;
+  siman_conv* conv = nullptr;
+  Case odd = c;
+  odd.weights[3] = 128;
+  expect(try_create(odd, nullptr, &conv), SIMAN_PADDING_BITS_SET);
+  odd.weights.pop_back();
+  expect(try_create(odd, nullptr, &conv), SIMAN_BAD_WEIGHT_BYTES);
+  odd.geometry.channels = 1 << 23;
+  expect(try_create(odd, nullptr, &conv), SIMAN_TOO_MANY_TAPS);
+  expect(try_create(c, "", &conv), SIMAN_UNKNOWN_VARIANT);
+  for (const char* name : {"avx512", "avx2", "neon", "scalar"}) {
+    bool is_here = false;
+    for (size_t i = 0; siman_variant_name(i); ++i)
+      is_here = is_here || (siman_variant_supported(i) && !std::strcmp(siman_variant_name(i), name));
+    if (!is_here) expect(try_create(c, name, &conv), SIMAN_UNSUPPORTED_VARIANT);
+  }
+  const float* f = c.floats.data();
+  expect(siman_create(nullptr, c.weights.data(), 24, f, f, f, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create(&c.geometry, nullptr, 24, f, f, f, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create(&c.geometry, c.weights.data(), 24, f, nullptr, f, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create(&c.geometry, c.weights.data(), 24, f, f, f, nullptr, nullptr), SIMAN_NULL_ARGUMENT);
+  require(!conv, "nothing was made");
+}
+
+void check_refused_runs() {
+  const Case c;
+  siman_conv* conv = create(c, "scalar");
+  const float* f = c.floats.data();
+  int64_t y_shape[4];
+  std::vector<float> y(1000);
+  const int64_t images[][4] = {{-1, 9, 4, 5}, {2, 8, 4, 5}, {2, 9, 0, 5}, {2, 9, 4, INT64_MAX}, {INT64_MIN, 9, 4, 5}};
+  for (const auto& image : images) expect(siman_output_shape(conv, image, y_shape), SIMAN_BAD_IMAGE);
+  for (const auto& image : images) expect(siman_run(conv, f, image, f, 0, y.data(), nullptr, nullptr), SIMAN_BAD_IMAGE);
+  const int64_t many[] = {1 << 20, 9, 4, 1 << 20};
+  expect(siman_output_shape(conv, many, y_shape), SIMAN_TOO_MANY_ELEMENTS);
+  expect(siman_output_shape(nullptr, kImage, y_shape), SIMAN_NULL_ARGUMENT);
+  expect(siman_output_shape(conv, nullptr, y_shape), SIMAN_NULL_ARGUMENT);
+  expect(siman_output_shape(conv, kImage, nullptr), SIMAN_NULL_ARGUMENT);
+  expect(siman_run(nullptr, f, kImage, f, 0, y.data(), nullptr, nullptr), SIMAN_NULL_ARGUMENT);
+  expect(siman_run(conv, nullptr, kImage, f, 0, y.data(), nullptr, nullptr), SIMAN_NULL_ARGUMENT);
+  expect(siman_run(conv, f, kImage, f, 0, nullptr, nullptr, nullptr), SIMAN_NULL_ARGUMENT);
+  siman_destroy(conv);
+}
+
+void check_names() {
+  for (int status = 0; status <= SIMAN_NO_MEMORY + 1; ++status)
+    require(std::strlen(siman_message(static_cast<siman_status>(status))) > 0, "a message for every number");
+  require(!siman_variant(nullptr) && !siman_variant_name(1000) && !siman_variant_supported(1000), "nothing is there");
+}
+
+void check_lifetimes() {
+  const Case c;
+  for (int i = 0; i < 1000; ++i)
+    for (size_t v = 0; siman_variant_name(v); ++v)
+      if (siman_variant_supported(v)) siman_destroy(create(c, siman_variant_name(v)));
+  siman_destroy(nullptr);
+}
+
+}  // namespace
+
+int main() {
+  check_refused_geometries();
+  check_refused_creations();
+  check_refused_runs();
+  check_names();
+  check_lifetimes();
+  std::puts("all refused as they should be");
+}
