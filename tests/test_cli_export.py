@@ -26,6 +26,7 @@ from siman_convert.backends import BACKENDS
 from siman_convert.cli import run as siman
 from siman_convert.data import Preprocess, eval_transform, pixel_transform
 from siman_convert.onnx_file import read_onnx, seal
+from siman_convert.runtime import native
 
 NO_SIMAN = "import sys; sys.modules['siman_convert'] = sys.modules['torch'] = None\n"  # importing either fails
 
@@ -228,6 +229,18 @@ def test_predict_shows_no_more_classes_than_there_are(life: Life, pictures: Path
     lines = printed("predict", str(life.onnx), str(pictures / "0.png"), "--top", "99").splitlines()[1:]
     assert sorted(line.split()[-1] for line in lines) == [str(digit) for digit in range(10)]
     assert sum(float(line.split()[0]) for line in lines) == pytest.approx(100, abs=0.06)
+
+
+def test_what_is_missing_without_kernels_is_said_once(
+    life: Life, pictures: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(native, "variants", dict)
+    for arguments in (["eval", str(life.onnx)], ["predict", str(life.onnx), str(pictures / "0.png")]):
+        capsys.readouterr()
+        assert siman(arguments) == 0
+        assert capsys.readouterr().err == f"siman: {native.MISSING}\n"
+        assert siman([*arguments, "--backend", "onnxruntime"]) == 0
+        assert capsys.readouterr().err == ""  # it was asked for
 
 
 def test_predict_takes_any_kind_of_image(life: Life, pictures: Path, tmp_path: Path) -> None:

@@ -1,11 +1,10 @@
 """`siman bench`: latency, throughput, memory and size beside full precision and int8 of the same network."""
 
-import sys
 from typing import Annotated
 
 import typer
 
-from siman_convert.cli.common import RUNS, Json, Output, print_json
+from siman_convert.cli.common import RUNS, Json, Output, print_json, say_what_runs_slowly
 
 
 def bench(
@@ -37,7 +36,6 @@ def bench(
     from siman_convert.benchmark.comparison import bench
     from siman_convert.cli.bench_text import ProgressLine, bench_record, render_bench
     from siman_convert.errors import InputError
-    from siman_convert.runtime import native
     from siman_convert.subjects import is_file
 
     if last and what is not None and is_file(what):
@@ -56,8 +54,7 @@ def bench(
             output=output,
             progress=progress.show,
         )
-    if found.backend == "onnxruntime" and backend is None:
-        print(f"siman: {native.MISSING}", file=sys.stderr)
+    say_what_runs_slowly(found.backend, backend)
     if as_json:
         print_json(bench_record(found))
     else:

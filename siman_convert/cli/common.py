@@ -1,6 +1,7 @@
 """What several commands share: option types, JSON output, sizes and numbers as people read them."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +26,14 @@ RUNS = Path("runs")
 def print_json(values: dict[str, Any]) -> None:
     """One document on stdout, with the schema's version first."""
     print(json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=2))
+
+
+def say_what_runs_slowly(ran: str, asked_for: str | None) -> None:
+    """One line on stderr where stock ONNX Runtime ran a graph only because our kernels are not installed."""
+    from siman_convert.runtime import native
+
+    if ran == "onnxruntime" and asked_for is None:
+        print(f"siman: {native.MISSING}", file=sys.stderr)
 
 
 def megabytes(count: int) -> str:

@@ -1,12 +1,11 @@
 """`siman eval`: accuracy of a run's weights, or of an exported file, on images."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from siman_convert.cli.common import RUNS, BackendName, Device, Json, Output, Workers, print_json
+from siman_convert.cli.common import RUNS, BackendName, Device, Json, Output, Workers, print_json, say_what_runs_slowly
 
 
 def evaluate(
@@ -62,10 +61,9 @@ def evaluate(
     name = str(found) if isinstance(found, Path) else str(found.folder)
     weights = None if file else which
     ran = backend or (default_onnx_backend() if name.endswith(".onnx") else "torch")
+    say_what_runs_slowly(ran, backend)
     if ran == "native":
         ran += f" ({native.variant()})"
-    elif ran == "onnxruntime" and backend is None:
-        print(f"siman: {native.MISSING}", file=sys.stderr)
     if as_json:
         bad = [record._asdict() for record in metrics.bad]
         rate = {"images_per_second": metrics.images_per_second}

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from siman_convert.cli.common import RUNS, BackendName, Json, Output, print_json
+from siman_convert.cli.common import RUNS, BackendName, Json, Output, print_json, say_what_runs_slowly
 
 
 def predict(
@@ -19,10 +19,12 @@ def predict(
     """Classify images: the most probable classes of each, with their probability."""
     from dataclasses import asdict
 
-    from siman_convert.backends import require_backend
+    from siman_convert.backends import default_onnx_backend, require_backend
     from siman_convert.prediction import predict
 
     found = predict(what, images, top=top, backend=require_backend(backend), runs=output)
+    if what.endswith(".onnx"):
+        say_what_runs_slowly(backend or default_onnx_backend(), backend)
     if as_json:
         records = [{"image": str(one.image), "top": [asdict(guess) for guess in one.guesses]} for one in found]
         print_json({"model": what, "predictions": records})
