@@ -5,10 +5,11 @@
 #include <new>
 #include <string_view>
 
-#include "conv.h"
+#include "binary_conv.h"
+#include "quantized_conv.h"
 
 struct siman_conv {
-  siman::Conv conv;
+  std::unique_ptr<siman::Conv> conv;
 };
 
 namespace {
@@ -32,6 +33,11 @@ const char* const kMessages[] = {
     "X, W or Y has more than 2147483647 elements",
     "SIMAN_ISA or variant: unknown name; known are avx512, avx2, neon and scalar",
     "SIMAN_ISA or variant: this processor or build cannot run it; known are avx512, avx2, neon and scalar",
+    "a quantized convolution has group 1, dilations 1 and center 0",
+    "channels*kH*kW must be at most 518, so that sums of 8-bit products are exact in float32",
+    "W must be in -127..127",
+    "x_scale must be finite and greater than 0",
+    "x_zero_point must be in 0..255",
     "out of memory",
 };
 static_assert(sizeof(kMessages) / sizeof(kMessages[0]) == SIMAN_NO_MEMORY + 1);
@@ -74,8 +80,27 @@ siman_status siman_create(const siman_geometry* geometry, const uint8_t* weights
   if (status == SIMAN_OK && (!weights || !scale || !bias || !slope)) status = SIMAN_NULL_ARGUMENT;
   if (status == SIMAN_OK) status = siman::check_weights(*geometry, weights, weight_bytes);
   if (status == SIMAN_OK) status = choose(variant, &chosen);
-  if (status == SIMAN_OK) *conv = new siman_conv{{*geometry, weights, scale, bias, slope, *chosen}};
-  return status;
+  if (status != SIMAN_OK) return status;
+  *conv = new siman_conv{std::make_unique<siman::BinaryConv>(*geometry, weights, scale, bias, slope, *chosen)};
+  return SIMAN_OK;
+} catch (const std::bad_alloc&) {
+  return SIMAN_NO_MEMORY;
+}
+
+siman_status siman_create_quantized(const siman_geometry* geometry, const int8_t* weights, const float* scale,
+                                    const float* bias, const float* slope, float x_scale, int32_t x_zero_point,
+                                    const char* variant, siman_conv** conv) try {
+  if (!geometry || !conv) return SIMAN_NULL_ARGUMENT;
+  const siman::Variant* chosen = nullptr;
+  siman_status status = siman::check_quantized_geometry(*geometry);
+  if (status == SIMAN_OK && (!weights || !scale || !bias || !slope)) status = SIMAN_NULL_ARGUMENT;
+  if (status == SIMAN_OK) status = siman::check_quantized_weights(*geometry, weights);
+  if (status == SIMAN_OK) status = siman::check_steps(x_scale, x_zero_point);
+  if (status == SIMAN_OK) status = choose(variant, &chosen);
+  if (status != SIMAN_OK) return status;
+  *conv = new siman_conv{
+      std::make_unique<siman::QuantizedConv>(*geometry, weights, scale, bias, slope, x_scale, x_zero_point, *chosen)};
+  return SIMAN_OK;
 } catch (const std::bad_alloc&) {
   return SIMAN_NO_MEMORY;
 }
@@ -84,7 +109,7 @@ void siman_destroy(siman_conv* conv) { delete conv; }
 
 siman_status siman_output_shape(const siman_conv* conv, const int64_t image[4], int64_t output[4]) {
   if (!conv || !image || !output) return SIMAN_NULL_ARGUMENT;
-  return conv->conv.output_shape(image, output);
+  return conv->conv->output_shape(image, output);
 }
 
 siman_status siman_run(const siman_conv* conv, const float* x, const int64_t image[4], const float* residual,
@@ -92,12 +117,12 @@ siman_status siman_run(const siman_conv* conv, const float* x, const int64_t ima
   if (!conv || !image) return SIMAN_NULL_ARGUMENT;
   if (image[0] != 0 && (!x || !residual || !y)) return SIMAN_NULL_ARGUMENT;
   const siman::Run run{x, {image[0], image[1], image[2], image[3]}, residual, residual_is_full != 0, y};
-  return conv->conv.run(run, {parallel_for, pool});
+  return conv->conv->run(run, {parallel_for, pool});
 } catch (const std::bad_alloc&) {
   return SIMAN_NO_MEMORY;
 }
 
-const char* siman_variant(const siman_conv* conv) { return conv ? conv->conv.variant().name : nullptr; }
+const char* siman_variant(const siman_conv* conv) { return conv ? conv->conv->variant().name : nullptr; }
 
 const char* siman_variant_name(size_t index) {
   return index < variant_count() ? siman::kVariants[index].kernels->name : nullptr;
@@ -115,7 +140,7 @@ siman_status siman_measure_ceiling(const char* variant, double seconds, double* 
   *per_second = 0;
   for (const auto begin = Clock::now(); std::chrono::duration<double>(Clock::now() - begin).count() < seconds;) {
     const auto start = Clock::now();
-    const auto products = static_cast<double>(chosen->count_registers(kSteps, &sink));
+    const auto products = static_cast<double>(chosen->binary.count_registers(kSteps, &sink));
     *per_second = std::max(*per_second, products / std::chrono::duration<double>(Clock::now() - start).count());
   }
   return SIMAN_OK;

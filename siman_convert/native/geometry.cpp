@@ -1,8 +1,10 @@
 // What is refused, before anything is allocated: the limits keep all later arithmetic inside 64 bits.
 #include <algorithm>
+#include <cmath>
 #include <initializer_list>
 
-#include "conv.h"
+#include "binary_conv.h"
+#include "quantized_conv.h"
 
 namespace siman {
 namespace {
@@ -52,6 +54,24 @@ Status check_weights(const Geometry& g, const uint8_t* weights, size_t size) {
   for (size_t last = bytes - 1; last < size; last += bytes)
     if (weights[last] >> (g.channels % 8)) return SIMAN_PADDING_BITS_SET;
   return SIMAN_OK;
+}
+
+Status check_quantized_geometry(const Geometry& g) {
+  if (const Status status = check_geometry(g); status != SIMAN_OK) return status;
+  if (g.group != 1 || g.dilations[0] != 1 || g.dilations[1] != 1 || g.center != 0) return SIMAN_NOT_PLAIN;
+  if (!product_within({g.channels, g.kernel[0], g.kernel[1]}, kMaxQuantizedTaps)) return SIMAN_TOO_MANY_QUANTIZED_TAPS;
+  if (!product_within({g.filters, g.channels, g.kernel[0], g.kernel[1]}, kMaxElements)) return SIMAN_TOO_MANY_ELEMENTS;
+  return SIMAN_OK;
+}
+
+Status check_quantized_weights(const Geometry& g, const int8_t* weights) {
+  const int8_t* end = weights + g.filters * g.channels * g.kernel[0] * g.kernel[1];
+  return std::find(weights, end, INT8_MIN) == end ? SIMAN_OK : SIMAN_BAD_WEIGHT;
+}
+
+Status check_steps(float x_scale, int32_t x_zero_point) {
+  if (!std::isfinite(x_scale) || x_scale <= 0) return SIMAN_BAD_X_SCALE;
+  return x_zero_point >= 0 && x_zero_point <= 255 ? SIMAN_OK : SIMAN_BAD_X_ZERO_POINT;
 }
 
 Status Conv::output_shape(const int64_t image[4], int64_t output[4]) const {

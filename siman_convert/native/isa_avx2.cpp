@@ -16,6 +16,7 @@ namespace {
 #include "kernels/variant.inl"
 #include "kernels/one_lane.inl"
 #include "kernels/avx2.inl"
+#include "kernels/codes.inl"
 
 struct Tables {
   alignas(16) uint8_t differing[16][16];  // [activation][weight]
@@ -88,9 +89,36 @@ struct Ops {
   }
 };
 
+// 8 bits times 8 bits in pairs would saturate at 16, so codes and weights are 16 bits wide: 2 vectors x 6 pixels are 12
+// sums, 2 weights, an activation and a product.
+struct QuantizedOps : CodeLayout<8, 2, int16_t, int16_t> {
+  static constexpr int kVectors = 2, kFewVectors = 1, kPixels = 6;
+  using Weights = __m256i;
+  using Activation = __m256i;
+  using Part = __m256i;  // 8 x 32 bits
+  struct Wide {
+    __m256i sum;
+  };
+
+  static Weights load(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)); }
+  static Activation broadcast(const uint8_t* unit) {
+    int32_t codes;
+    __builtin_memcpy(&codes, unit, 4);
+    return _mm256_set1_epi32(codes);
+  }
+  static void zero(Part& part) { part = _mm256_setzero_si256(); }
+  static void zero(Wide& wide) { wide.sum = _mm256_setzero_si256(); }
+  static void count(Part& part, Weights w, Activation a) { part = _mm256_add_epi32(part, _mm256_madd_epi16(w, a)); }
+  static void flush(Part& part, Wide& wide) { wide.sum = part; }  // nothing was there before
+  static void store(const Wide& wide, const int32_t* base, int32_t* acc) {
+    const __m256i from = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), _mm256_add_epi32(from, wide.sum));
+  }
+};
+
 }  // namespace
 
 extern const Variant kAvx2;
-const Variant kAvx2 = variant<Ops, EightFloats, OneFloat, FourDoubles>("avx2");
+const Variant kAvx2 = variant<Ops, QuantizedOps, EightFloats, OneFloat, FourDoubles>("avx2");
 
 }  // namespace siman

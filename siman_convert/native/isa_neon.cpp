@@ -14,6 +14,7 @@ namespace {
 #include "kernels/variant.inl"
 #include "kernels/one_lane.inl"
 #include "kernels/words.inl"
+#include "kernels/codes.inl"
 
 struct FourFloats {
   static constexpr int kLanes = 4;
@@ -54,6 +55,18 @@ struct FourFloats {
     const uint32x4x2_t both = vzipq_u32(low, high);
     vst1q_u64(words, vreinterpretq_u64_u32(both.val[0]));
     vst1q_u64(words + 2, vreinterpretq_u64_u32(both.val[1]));
+  }
+
+  static Bits steps(Vec x, Vec scale, Vec lowest, Vec highest) {
+    const Vec d = vminq_f32(vmaxnmq_f32(vdivq_f32(x, scale), lowest), highest);  // of a NaN and a number: the number
+    return vreinterpretq_u32_s32(vcvtnq_s32_f32(d));
+  }
+  template <int Width>
+  static Bits shift_in(Bits bits, Bits d) {
+    return vaddq_u32(vshlq_n_u32(bits, Width), d);
+  }
+  static Bits offset(Bits bits, uint32_t add, uint32_t flip) {
+    return veorq_u32(vaddq_u32(bits, vdupq_n_u32(add)), vdupq_n_u32(flip));
   }
 };
 
@@ -113,9 +126,34 @@ struct Ops : WordLayout<4, uint64_t> {
   static void store_word(uint8_t* out, uint64_t word) { vst1q_u8(out, vreinterpretq_u8_u64(vdupq_n_u64(word))); }
 };
 
+// ARMv8.0 multiplies 16 bits into 32, 4 filters an instruction: 2 vectors x 5 pixels are 20 sums, 2 weights and 5
+// activations of the 32 registers there are.
+struct QuantizedOps : CodeLayout<8, 1, int16_t, int16_t> {
+  static constexpr int kVectors = 2, kFewVectors = 1, kPixels = 5;
+  using Weights = int16x8_t;
+  using Activation = int16x4_t;  // the code, and what follows it: to load a single one takes another instruction
+  struct Part {
+    int32x4_t low, high;
+  };
+  using Wide = Part;
+
+  static Weights load(const uint8_t* bytes) { return vreinterpretq_s16_u8(vld1q_u8(bytes)); }
+  static Activation broadcast(const uint8_t* unit) { return vreinterpret_s16_u8(vld1_u8(unit)); }
+  static void zero(Part& part) { part.low = part.high = vdupq_n_s32(0); }
+  static void count(Part& part, Weights w, Activation a) {
+    part.low = vmlal_lane_s16(part.low, vget_low_s16(w), a, 0);
+    part.high = vmlal_high_lane_s16(part.high, w, a, 0);
+  }
+  static void flush(Part& part, Wide& wide) { wide = part; }  // nothing was there before
+  static void store(const Wide& wide, const int32_t* base, int32_t* acc) {
+    vst1q_s32(acc, vaddq_s32(vld1q_s32(base), wide.low));
+    vst1q_s32(acc + 4, vaddq_s32(vld1q_s32(base + 4), wide.high));
+  }
+};
+
 }  // namespace
 
 extern const Variant kNeon;
-const Variant kNeon = variant<Ops, FourFloats, OneFloat, TwoDoubles>("neon");
+const Variant kNeon = variant<Ops, QuantizedOps, FourFloats, OneFloat, TwoDoubles>("neon");
 
 }  // namespace siman

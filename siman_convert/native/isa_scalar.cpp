@@ -8,6 +8,7 @@ namespace {
 #include "kernels/variant.inl"
 #include "kernels/one_lane.inl"
 #include "kernels/words.inl"
+#include "kernels/codes.inl"
 
 struct Ops : WordLayout<1, uint64_t> {
   static constexpr int kVectors = 4, kFewVectors = 1, kPixels = 2;
@@ -42,9 +43,31 @@ struct Ops : WordLayout<1, uint64_t> {
   }
 };
 
+struct QuantizedOps : CodeLayout<1, 1, int16_t, int16_t> {
+  static constexpr int kVectors = 4, kFewVectors = 1, kPixels = 2;
+  using Weights = int32_t;
+  using Activation = int32_t;
+  using Part = int32_t;
+  struct Wide {
+    int32_t sum;
+  };
+
+  static int32_t load(const uint8_t* bytes) {
+    int16_t value;
+    __builtin_memcpy(&value, bytes, 2);
+    return value;
+  }
+  static int32_t broadcast(const uint8_t* unit) { return load(unit); }
+  static void zero(Part& part) { part = 0; }
+  static void zero(Wide& wide) { wide.sum = 0; }
+  static void count(Part& part, int32_t w, int32_t a) { part += w * a; }
+  static void flush(Part& part, Wide& wide) { wide.sum = part; }  // nothing was there before
+  static void store(const Wide& wide, const int32_t* base, int32_t* acc) { *acc = *base + wide.sum; }
+};
+
 }  // namespace
 
 extern const Variant kScalar;
-const Variant kScalar = variant<Ops, OneFloat, OneFloat, OneDouble>("scalar");
+const Variant kScalar = variant<Ops, QuantizedOps, OneFloat, OneFloat, OneDouble>("scalar");
 
 }  // namespace siman

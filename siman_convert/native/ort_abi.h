@@ -26,7 +26,7 @@ struct ApiBase {
 };
 
 enum ErrorCode { kFail = 1, kInvalidArgument = 2 };
-enum ElementType { kFloat = 1, kUint8 = 2 };
+enum ElementType : int { kFloat = 1, kUint8 = 2, kInt8 = 3 };
 enum AttributeType { kInts = 2 };
 
 // One function of the table: kCall(api, arguments...).
@@ -56,6 +56,7 @@ inline constexpr Entry<90, Status*(const KernelContext*, size_t, const Value**)>
 inline constexpr Entry<91, Status*(KernelContext*, size_t, const int64_t*, size_t, Value**)> kOutput;
 inline constexpr Entry<93, void(Status*)> kReleaseStatus;
 inline constexpr Entry<99, void(ShapeInfo*)> kReleaseShapeInfo;
+inline constexpr Entry<85, Status*(const KernelInfo*, const char*, float*)> kFloatAttribute;
 inline constexpr Entry<86, Status*(const KernelInfo*, const char*, int64_t*)> kIntAttribute;
 inline constexpr Entry<163, Status*(const KernelInfo*, const char*, int64_t*, size_t*)> kIntsAttribute;
 inline constexpr Entry<230, Status*(const KernelInfo*, size_t*)> kInputCount;

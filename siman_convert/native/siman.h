@@ -1,9 +1,10 @@
-/* siman: binary convolutions on a CPU. A plain C interface; nothing here throws, and nothing is kept outside a
-   siman_conv.
+/* siman: binary and 8-bit convolutions on a CPU. A plain C interface; nothing here throws, and nothing is kept outside
+   a siman_conv.
 
    Y = siman.BinaryConv2d(X): signs of X against the mean of its sample, times weights of +-1, then scale, bias,
-   residual and slope. The meaning is written down in siman_convert/runtime/reference.py, and the results are the same
-   bit for bit, whatever the variant and the number of threads. */
+   residual and slope. Y = siman.QuantizedConv2d(X): X in steps, clipped to 8 bits, times weights of 8 bits, then scale,
+   bias and slope. The meaning of both is written down in siman_convert/runtime/reference.py, and the results are the
+   same bit for bit, whatever the variant and the number of threads. */
 #ifndef SIMAN_H_
 #define SIMAN_H_
 
@@ -53,6 +54,11 @@ typedef enum siman_status {
   SIMAN_TOO_MANY_ELEMENTS,
   SIMAN_UNKNOWN_VARIANT,
   SIMAN_UNSUPPORTED_VARIANT,
+  SIMAN_NOT_PLAIN,
+  SIMAN_TOO_MANY_QUANTIZED_TAPS,
+  SIMAN_BAD_WEIGHT,
+  SIMAN_BAD_X_SCALE,
+  SIMAN_BAD_X_ZERO_POINT,
   SIMAN_NO_MEMORY
 } siman_status;
 
@@ -69,6 +75,13 @@ typedef void (*siman_parallel_for)(void* pool, siman_task task, void* context, s
 SIMAN_API siman_status siman_create(const siman_geometry* geometry, const uint8_t* weights, size_t weight_bytes,
                                     const float* scale, const float* bias, const float* slope, const char* variant,
                                     siman_conv** conv);
+
+/* The same for siman.QuantizedConv2d. geometry: group 1, dilations 1, center 0. weights: (filters, channels, kernel_h,
+   kernel_w), each in -127..127. x_scale, x_zero_point: a step of X, and the 8-bit code of 0. It has no residual: where
+   one is asked for, hand over a single 0. */
+SIMAN_API siman_status siman_create_quantized(const siman_geometry* geometry, const int8_t* weights, const float* scale,
+                                              const float* bias, const float* slope, float x_scale,
+                                              int32_t x_zero_point, const char* variant, siman_conv** conv);
 SIMAN_API void siman_destroy(siman_conv* conv);
 
 /* image: N, C, H, W of X; output: N, O, Ho, Wo of Y. */

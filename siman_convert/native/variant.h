@@ -25,6 +25,18 @@ struct PackTask {
   size_t begin, end;
 };
 
+// Quantize pixels that follow one another in the codes: see kernels/quantized.inl.
+struct QuantizeTask {
+  const float* x;  // the first pixel in the first plane
+  size_t plane;    // floats in a plane, H*W
+  size_t channels;
+  size_t step;    // floats from pixel to pixel
+  size_t pixels;  // at least 1
+  float scale;    // a step of d
+  float lowest;   // d, -zero point
+  uint8_t* codes;
+};
+
 // One axis of the convolution: output position `at` and tap k meet input position at*stride - pad + k*dilation.
 struct Axis {
   int64_t in, out, kernel, stride, pad, dilation;
@@ -32,15 +44,17 @@ struct Axis {
 
 // Rows [row_begin, row_end) of the output planes of one block of filters, for one sample.
 struct ConvTask {
-  Axis rows, columns;
+  Axis rows, columns;      // quantized: without padding, and a row of the kernel is one tap
   int64_t channels;        // of the group
-  int64_t units;           // of one tap: see Variant
-  const uint8_t* packed;   // of the group: H*W pixels, then one more that is all 0
+  int64_t units;           // of one tap: see Kernel
+  const uint8_t* packed;   // of the group, by rows and pixels; binary: H*W pixels, then one more that is all 0
   size_t pixel_bytes;      // from pixel to pixel
   const uint8_t* weights;  // of the block
-  const int32_t* ones;     // ones[(i*(kW+1) + j)*ones_stride + f]: set bits of filter f in the taps above i, left of j
+  const int32_t* ones;     // binary: ones[(i*(kW+1) + j)*ones_stride + f]: set bits of filter f in the taps above i,
+                           // left of j
   size_t ones_stride;      // the filters of all blocks
-  int vectors;             // of filters in this block: Variant::vectors or Variant::few_vectors
+  const int32_t* base;     // quantized: of acc, for each filter
+  int vectors;             // of filters in this block: Kernel::vectors or Kernel::few_vectors
   int64_t filters;         // that are real; the rest of the vectors is filled up with weights of 0
   const float *scale, *bias, *slope;  // of the block
   const float* residual;              // of the block, as y; or one float
@@ -51,17 +65,35 @@ struct ConvTask {
 
 // A unit is the piece of one tap that a kernel takes in one step: `unit_channels` channels, which fill `unit_bytes` in
 // a packed pixel, and `vector_bytes` of weights for the `lanes` filters of a vector. Weights lie
-// [block][tap][unit][vector of the block][vector_bytes], and a pixel holds the units of whole 64-channel words.
-struct Variant {
-  const char* name;
+// [block][tap][unit][vector of the block][vector_bytes].
+struct Kernel {
   int lanes, vectors, few_vectors;
   int unit_channels, unit_bytes, vector_bytes;
+  void (*convolve)(const ConvTask& task);
+};
+
+// siman.BinaryConv2d: a packed pixel holds the units of whole 64-channel words.
+struct BinaryKernels {
+  Kernel kernel;
   double (*sum_block)(const float* x, size_t count);
   void (*pack)(const PackTask& task);
   // puts the weights of one tap of one filter into its lane, the units being `unit_stride` bytes apart
   void (*place)(const uint8_t* tap, size_t tap_bytes, int lane, uint8_t* vector, size_t unit_stride);
-  void (*convolve)(const ConvTask& task);
   int64_t (*count_registers)(int64_t steps, int32_t* sink);  // see ceiling.inl
+};
+
+// siman.QuantizedConv2d: a code is d + zero point where it has one byte, d where it has two.
+struct QuantizedKernels {
+  Kernel kernel;
+  int code_bytes;
+  void (*quantize)(const QuantizeTask& task);
+  void (*place)(const int8_t* tap, size_t channels, int lane, uint8_t* vector, size_t unit_stride);
+};
+
+struct Variant {
+  const char* name;
+  BinaryKernels binary;
+  QuantizedKernels quantized;
 };
 
 struct NamedVariant {

@@ -37,7 +37,7 @@ bool has_avx2() { return registers_are_saved(kYmmState) && has(bit_AVX2, 0); }
 
 bool has_avx512() {
   return registers_are_saved(kZmmState) &&
-         has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL, bit_AVX512VPOPCNTDQ);
+         has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL, bit_AVX512VPOPCNTDQ | bit_AVX512VNNI);
 }
 #endif
 

@@ -1,10 +1,10 @@
-"""A node of siman.BinaryConv2d with something changed in it, as a model, and what must come of it.
+"""A node of one of our operators with something changed in it, as a model, and what must come of it.
 
 `attempt` is called in another process: the library may bring it down there.
 """
 
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,33 +15,67 @@ import onnxruntime
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from siman_convert.onnx_op import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, VERSION, function_body
+from siman_convert.onnx_quantized_op import QUANTIZED_INPUTS, QUANTIZED_OP, quantized_body
+from siman_convert.runtime.reference import binary_conv2d, quantized_conv2d
 
 INTS = ("strides", "pads", "dilations")
 ANY_IMAGES = ("N", None, None, None)
+
+
+@dataclass(frozen=True, eq=False)
+class Operator:
+    name: str
+    inputs: tuple[str, ...]
+    attributes: dict[str, type]  # all of them; a list is one of integers
+    may_be_fed: frozenset[str]  # inputs that need not be constant
+    body: Callable[[int], Any]
+    reference: Callable[..., np.ndarray]
+
+
+BINARY = Operator(
+    OP_NAME,
+    INPUTS,
+    {name: list if name in INTS else int for name in ATTRIBUTES},
+    frozenset({"X", "residual"}),
+    function_body,
+    binary_conv2d,
+)
+QUANTIZED = Operator(
+    QUANTIZED_OP,
+    QUANTIZED_INPUTS,
+    {"strides": list, "pads": list, "x_scale": float, "x_zero_point": int},
+    frozenset({"X"}),
+    quantized_body,
+    quantized_conv2d,
+)
 
 
 @dataclass
 class Node:
     """Starts as one that is right; the functions of CHANGES take one part each."""
 
+    operator: Operator
     arrays: dict[str, np.ndarray | None]  # None: an empty name in the list of inputs
     attributes: dict[str, Any]
-    inputs: list[str] = field(default_factory=lambda: list(INPUTS))
+    inputs: list[str] = field(init=False)
     outputs: tuple[str, ...] = ("y",)
     declared: Sequence[Any] | None = ANY_IMAGES  # X's shape in the model; None: not even its rank
     fed: set[str] = field(default_factory=lambda: {"X"})
     overridable: set[str] = field(default_factory=set)  # initializers that are graph inputs as well
 
+    def __post_init__(self) -> None:
+        self.inputs = list(self.operator.inputs)
+
     @property
     def is_refused(self) -> bool:
         """By what the reference is not handed: it takes arrays and numbers, and does not see where they come from."""
-        kinds = {name: list if name in INTS else int for name in ATTRIBUTES}
+        kinds = self.operator.attributes
         return (
             any(not isinstance(self.attributes[name], kind) for name, kind in kinds.items())
-            or any(isinstance(value, float) for name in INTS for value in self.attributes[name])
+            or any(isinstance(value, float) for name in INTS if name in kinds for value in self.attributes[name])
             or any(array is None for array in self.arrays.values())
-            or (self.inputs, self.outputs) != (list(INPUTS), ("y",))
-            or not self.fed | self.overridable <= {"X", "residual"}
+            or (self.inputs, self.outputs) != (list(self.operator.inputs), ("y",))
+            or not self.fed | self.overridable <= self.operator.may_be_fed
         )
 
     @property
@@ -61,7 +95,19 @@ def right_node(group: int, center: int) -> Node:
     }
     arrays |= {name: rng.standard_normal(filters).astype(np.float32) for name in ("scale", "bias", "slope")}
     geometry = {"strides": [1, 2], "pads": [1, 0, 2, 1], "dilations": [1, 1]}
-    return Node(arrays, {"channels": channels, "group": group, "center": center, **geometry})
+    return Node(BINARY, arrays, {"channels": channels, "group": group, "center": center, **geometry})
+
+
+def right_quantized_node() -> Node:
+    rng = np.random.default_rng(3)
+    channels, filters, kernel = 5, 6, (2, 3)
+    arrays: dict[str, np.ndarray | None] = {
+        "X": rng.standard_normal((2, channels, 6, 7)).astype(np.float32),
+        "W": rng.integers(-127, 128, (filters, channels, *kernel)).astype(np.int8),
+    }
+    arrays |= {name: rng.standard_normal(filters).astype(np.float32) for name in ("scale", "bias", "slope")}
+    steps = {"x_scale": 0.015625, "x_zero_point": 100}
+    return Node(QUANTIZED, arrays, {"strides": [1, 2], "pads": [1, 0, 2, 1], **steps})
 
 
 def attribute(node: Node, name: str, value: Any) -> None:
@@ -92,7 +138,7 @@ def absent(node: Node, name: str) -> None:
 
 
 def number_of_inputs(node: Node, count: int) -> None:
-    node.inputs = [*INPUTS, *INPUTS][:count]
+    node.inputs = [*node.operator.inputs, *node.operator.inputs][:count]
 
 
 def outputs(node: Node, names: Sequence[str]) -> None:
@@ -135,7 +181,7 @@ def model_of(node: Node) -> tuple[bytes, dict[str, np.ndarray]]:
             if name in node.overridable:
                 graph_inputs.append(helper.make_tensor_value_info(name, kind, list(array.shape)))
     names = ["" if node.arrays[name] is None else name for name in node.inputs]
-    proto = helper.make_node(OP_NAME, names, list(node.outputs), domain=DOMAIN, name="node")
+    proto = helper.make_node(node.operator.name, names, list(node.outputs), domain=DOMAIN, name="node")
     for name, value in node.attributes.items():
         if value == []:
             proto.attribute.append(AttributeProto(name=name, type=AttributeProto.INTS))
@@ -145,7 +191,7 @@ def model_of(node: Node) -> tuple[bytes, dict[str, np.ndarray]]:
     result = helper.make_tensor_value_info("out", TensorProto.FLOAT, None)
     graph = helper.make_graph([proto, same], "g", graph_inputs, [result], initializers)
     opsets = [helper.make_opsetid("", 20), helper.make_opsetid(DOMAIN, VERSION)]
-    model = helper.make_model(graph, opset_imports=opsets, functions=[function_body(20)], ir_version=10)
+    model = helper.make_model(graph, opset_imports=opsets, functions=[node.operator.body(20)], ir_version=10)
     return model.SerializeToString(), feeds
 
 

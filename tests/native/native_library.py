@@ -79,6 +79,12 @@ def on_threads(count: int) -> Callable[..., None]:
     return PARALLEL_FOR(run)
 
 
+def geometry_of(**fields):
+    """siman_geometry from integers and sequences of them."""
+    kinds = dict(Geometry._fields_)
+    return Geometry(**{name: kinds[name](*np.atleast_1d(value).tolist()) for name, value in fields.items()})
+
+
 class NativeError(Exception):
     """What siman_message says."""
 
@@ -107,6 +113,15 @@ class Library:
             ctypes.c_char_p,
             ctypes.c_void_p,
         ]
+        self.c.siman_create_quantized.argtypes = [
+            *many,
+            *many,
+            ctypes.c_void_p,
+            ctypes.c_float,
+            ctypes.c_int32,
+            ctypes.c_char_p,
+            ctypes.c_void_p,
+        ]
         self.c.siman_run.argtypes = [*many, *many, ctypes.c_int, ctypes.c_void_p, PARALLEL_FOR, ctypes.c_void_p]
         self.c.siman_output_shape.argtypes = [ctypes.c_void_p] * 3
 
@@ -123,14 +138,31 @@ class Library:
 
     def conv(self, X, W, scale, bias, residual, slope, *, variant=None, threads=0, ran=None, **attributes):
         """Y, as reference.binary_conv2d; `ran` is a list that takes the name of the variant."""
-        scalars = {name: attributes.pop(name) for name in ("channels", "group", "center")}
-        arrays = {name: (ctypes.c_int64 * len(values))(*values) for name, values in attributes.items()}
-        geometry = Geometry(filters=W.shape[0], kernel=(ctypes.c_int64 * 2)(*W.shape[1:3]), **scalars, **arrays)
-        handle = ctypes.c_void_p()
-        name = None if variant is None else variant.encode()
+        handle, geometry = ctypes.c_void_p(), geometry_of(filters=W.shape[0], kernel=W.shape[1:3], **attributes)
         vectors = (pointer(scale), pointer(bias), pointer(slope))
+        name = None if variant is None else variant.encode()
         created = self.c.siman_create(ctypes.byref(geometry), pointer(W), W.size, *vectors, name, ctypes.byref(handle))
         self.check(created)
+        return self.run(handle, X, residual, threads, ran)
+
+    def quantized_conv(
+        self, X, W, scale, bias, slope, *, strides, pads, x_scale, x_zero_point, variant=None, threads=0, ran=None
+    ):
+        """Y, as reference.quantized_conv2d."""
+        plain = {"dilations": [1, 1], "group": 1, "center": 0}
+        filters, channels, *kernel = W.shape
+        geometry = geometry_of(filters=filters, kernel=kernel, channels=channels, strides=strides, pads=pads, **plain)
+        handle, name = ctypes.c_void_p(), None if variant is None else variant.encode()
+        vectors = (pointer(scale), pointer(bias), pointer(slope))
+        steps = (ctypes.c_float(x_scale), x_zero_point)
+        created = self.c.siman_create_quantized(
+            ctypes.byref(geometry), pointer(W), *vectors, *steps, name, ctypes.byref(handle)
+        )
+        self.check(created)
+        return self.run(handle, X, np.zeros((1, 1, 1, 1), np.float32), threads, ran)
+
+    def run(self, handle, X, residual, threads, ran):
+        """Runs a convolution once, and destroys it."""
         try:
             if ran is not None:
                 ran.append(self.c.siman_variant(handle).decode())

@@ -1,4 +1,5 @@
 // What the C interface refuses, with the status that says why; and convolutions that come and go.
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -33,7 +34,8 @@ siman_status try_create(const Case& c, const char* variant, siman_conv** conv) {
   return siman_create(&c.geometry, c.weights.data(), c.weights.size(), f, f, f, variant, conv);
 }
 
-siman_conv* create(const Case& c, const char* variant) {
+template <class AnyCase>
+siman_conv* create(const AnyCase& c, const char* variant) {
   siman_conv* conv = nullptr;
   expect(try_create(c, variant, &conv), SIMAN_OK);
   return conv;
@@ -112,6 +114,67 @@ void check_refused_runs() {
   siman_destroy(conv);
 }
 
+// 3 filters of 2x2 taps and 9 channels of 8-bit weights.
+struct QuantizedCase {
+  siman_geometry geometry{3, {2, 2}, 9, {1, 1}, {0, 1, 1, 0}, {1, 1}, 1, 0};
+  std::vector<int8_t> weights = std::vector<int8_t>(3 * 9 * 4, -127);
+  std::vector<float> floats = std::vector<float>(3, 0.5f);
+  float x_scale = 0.5f;
+  int32_t x_zero_point = 7;
+};
+
+siman_status try_create(const QuantizedCase& c, const char* variant, siman_conv** conv) {
+  const float* f = c.floats.data();
+  return siman_create_quantized(&c.geometry, c.weights.data(), f, f, f, c.x_scale, c.x_zero_point, variant, conv);
+}
+
+void check_refused_quantized_geometries() {
+  siman_conv* conv = nullptr;
+  const auto refused = [&](siman_status expected, auto change) {
+    QuantizedCase c;
+    change(c.geometry);
+    expect(try_create(c, "scalar", &conv), expected);
+  };
+  refused(SIMAN_BAD_FILTERS, [](siman_geometry& g) { g.filters = 0; });
+  refused(SIMAN_BAD_STRIDES, [](siman_geometry& g) { g.strides[1] = int64_t{1} << 31; });
+  refused(SIMAN_BAD_PADS, [](siman_geometry& g) { g.pads[2] = -1; });
+  refused(SIMAN_NOT_PLAIN, [](siman_geometry& g) { g.group = 3; });
+  refused(SIMAN_NOT_PLAIN, [](siman_geometry& g) { g.dilations[1] = 2; });
+  refused(SIMAN_NOT_PLAIN, [](siman_geometry& g) { g.center = 1; });
+  refused(SIMAN_TOO_MANY_QUANTIZED_TAPS, [](siman_geometry& g) { g.channels = 130; });
+  refused(SIMAN_TOO_MANY_QUANTIZED_TAPS, [](siman_geometry& g) { g.channels = 1 << 22; });
+  refused(SIMAN_TOO_MANY_ELEMENTS, [](siman_geometry& g) { g.filters = 1 << 26; });
+  require(!conv, "nothing was made");
+}
+
+void check_refused_quantized_creations() {
+  siman_conv* conv = nullptr;
+  QuantizedCase c;
+  c.weights.back() = -128;
+  expect(try_create(c, nullptr, &conv), SIMAN_BAD_WEIGHT);
+  c.weights.back() = 127;
+  for (const float x_scale : {0.0f, -0.0f, -1.0f, INFINITY, NAN}) {
+    c.x_scale = x_scale;
+    expect(try_create(c, nullptr, &conv), SIMAN_BAD_X_SCALE);
+  }
+  c.x_scale = 1e-45f;
+  for (const int32_t zero_point : {-1, 256, INT32_MIN, INT32_MAX}) {
+    c.x_zero_point = zero_point;
+    expect(try_create(c, nullptr, &conv), SIMAN_BAD_X_ZERO_POINT);
+  }
+  c.x_zero_point = 255;
+  expect(try_create(c, "", &conv), SIMAN_UNKNOWN_VARIANT);
+  const float* f = c.floats.data();
+  const int8_t* w = c.weights.data();
+  expect(siman_create_quantized(nullptr, w, f, f, f, 1, 0, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create_quantized(&c.geometry, nullptr, f, f, f, 1, 0, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create_quantized(&c.geometry, w, f, f, nullptr, 1, 0, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create_quantized(&c.geometry, w, f, f, f, 1, 0, nullptr, nullptr), SIMAN_NULL_ARGUMENT);
+  require(!conv, "nothing was made");
+  expect(try_create(c, nullptr, &conv), SIMAN_OK);
+  siman_destroy(conv);
+}
+
 void check_names() {
   for (int status = 0; status <= SIMAN_NO_MEMORY + 1; ++status)
     require(std::strlen(siman_message(static_cast<siman_status>(status))) > 0, "a message for every number");
@@ -119,10 +182,15 @@ void check_names() {
 }
 
 void check_lifetimes() {
-  const Case c;
-  for (int i = 0; i < 1000; ++i)
-    for (size_t v = 0; siman_variant_name(v); ++v)
-      if (siman_variant_supported(v)) siman_destroy(create(c, siman_variant_name(v)));
+  const Case binary;
+  const QuantizedCase quantized;
+  for (int i = 0; i < 1000; ++i) {
+    for (size_t v = 0; siman_variant_name(v); ++v) {
+      if (!siman_variant_supported(v)) continue;
+      siman_destroy(create(binary, siman_variant_name(v)));
+      siman_destroy(create(quantized, siman_variant_name(v)));
+    }
+  }
   siman_destroy(nullptr);
 }
 
@@ -132,6 +200,8 @@ int main() {
   check_refused_geometries();
   check_refused_creations();
   check_refused_runs();
+  check_refused_quantized_geometries();
+  check_refused_quantized_creations();
   check_names();
   check_lifetimes();
   std::puts("all refused as they should be");

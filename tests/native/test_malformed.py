@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import given, note, settings
 from hypothesis import strategies as st
-from malformed_node import CHANGES, INTS, attempt, attempt_with_little_memory, model_of, new_process, right_node
+from malformed_node import (
+    BINARY,
+    CHANGES,
+    INTS,
+    QUANTIZED,
+    attempt,
+    attempt_with_little_memory,
+    model_of,
+    new_process,
+    right_node,
+    right_quantized_node,
+)
 
 from siman_convert.errors import InputError
-from siman_convert.onnx_op import ATTRIBUTES, INPUTS
-from siman_convert.runtime.reference import binary_conv2d
 
 # No pad of these makes an output that is both allowed and larger than a few kB: 2**30 rows of 6 filters are too many.
 NUMBERS = st.sampled_from([-(2**63), -(2**31), -1, 0, 1, 2, 3, 5, 8, 2**30, 2**31 - 1, 2**31, 2**32, 2**62, 2**63 - 1])
@@ -22,28 +31,35 @@ SMALL = st.integers(0, 7)
 SHAPES = st.lists(SMALL, max_size=5).map(tuple)
 FLOATS = st.sampled_from([np.nan, np.inf, -np.inf, 0.0, -0.0, 1e-45, 3e38])
 ODD_VALUES = st.one_of(st.none(), NUMBERS, st.lists(NUMBERS, max_size=5), st.just(1.5), st.just("1"), st.just([0.5]))
-NAMES = st.sampled_from(INPUTS)
 
 
 def like(name):
     """A value of the right kind, with the right count where it has one."""
+    if name == "x_scale":
+        return FLOATS | st.sampled_from([0.5, -1.0, 1e39])
     return NUMBERS if name not in INTS else st.lists(NUMBERS, min_size=4, max_size=4) if name == "pads" else PAIRS
 
 
 PAIRS = st.lists(NUMBERS, min_size=2, max_size=2)
 NEAR_X = st.tuples(st.sampled_from([0, 1, 2]), st.sampled_from([5, 10]), SMALL, SMALL)
-NEAR_W = st.tuples(st.sampled_from([0, 1, 6, 12]), SMALL, SMALL, st.sampled_from([0, 1, 2]))
+FILTERS = st.sampled_from([0, 1, 6, 12])
+NEAR_W = {
+    BINARY: st.tuples(FILTERS, SMALL, SMALL, st.sampled_from([0, 1, 2])),
+    QUANTIZED: st.tuples(FILTERS, st.sampled_from([1, 5, 10]), SMALL, st.sampled_from([0, 1, 3, 60])),
+}
 
 
 @st.composite
-def changes(draw):
+def changes(draw, operator):
     kind = draw(st.sampled_from(sorted(CHANGES)))
-    name = draw(NAMES)
-    attribute = draw(st.sampled_from([*ATTRIBUTES, "extra"]))
+    name = draw(st.sampled_from(operator.inputs))
+    attribute = draw(st.sampled_from([*operator.attributes, "extra"]))
     arguments = {
         "attribute": st.tuples(st.just(attribute), like(attribute) | ODD_VALUES),
         "shape": st.one_of(
-            st.tuples(st.just(name), SHAPES), st.tuples(st.just("X"), NEAR_X), st.tuples(st.just("W"), NEAR_W)
+            st.tuples(st.just(name), SHAPES),
+            st.tuples(st.just("X"), NEAR_X),
+            st.tuples(st.just("W"), NEAR_W[operator]),
         ),
         "dtype": st.tuples(st.just(name), st.sampled_from(["float64", "int8", "uint8", "int64", "bool", "float32"])),
         "fill": st.tuples(st.just(name), FLOATS),
@@ -59,7 +75,8 @@ def expected(node):
     if node.is_refused:
         return None
     try:
-        return binary_conv2d(**node.arrays, **{name: node.attributes[name] for name in ATTRIBUTES})
+        attributes = {name: node.attributes[name] for name in node.operator.attributes}
+        return node.operator.reference(**node.arrays, **attributes)
     except InputError:
         return None
 
@@ -80,18 +97,21 @@ def run_elsewhere(process, *arguments, function=attempt):
 
 
 def test_the_node_that_is_changed_is_right(library, process):
-    for group in (1, 2):
-        node = right_node(group, center=1)
+    for node in (right_node(1, 1), right_node(2, 1), right_quantized_node()):
         np.testing.assert_array_equal(run_elsewhere(process, library.path, *model_of(node)), expected(node))
 
 
-def test_malformed_nodes(library, process):
+BINARY_NODES = st.builds(right_node, group=st.integers(1, 2), center=st.integers(0, 1))
+
+
+@pytest.mark.parametrize("nodes", [BINARY_NODES, st.builds(right_quantized_node)], ids=["binary", "quantized"])
+def test_malformed_nodes(library, process, nodes):
     outcomes = {"computed": 0, "refused": 0}
 
-    @given(st.integers(1, 2), st.integers(0, 1), st.lists(changes(), min_size=1, max_size=3))
+    @given(nodes, st.data())
     @settings(max_examples=400, deadline=None)
-    def sweep(group, center, changed):
-        node = right_node(group, center)
+    def sweep(node, data):
+        changed = data.draw(st.lists(changes(node.operator), min_size=1, max_size=3))
         for kind, *arguments in changed:
             CHANGES[kind](node, *arguments)
         wanted, got = expected(node), run_elsewhere(process, library.path, *model_of(node))
@@ -177,6 +197,6 @@ def test_each_onnxruntime_of_a_process_gets_a_domain_of_its_own(library):
     for runtime in runtimes:
         assert runtime.register(library) is None
         assert runtime.register(library) is None
-        assert runtime.calls == ["siman", id(runtime), id(runtime), id(runtime)]
+        assert runtime.calls == ["siman", *[id(runtime)] * 4]  # two operators into it, and it into two options
     node = right_node(group=1, center=1)
     np.testing.assert_array_equal(attempt(library.path, *model_of(node)), expected(node))

@@ -54,6 +54,18 @@ struct EightFloats {
     _mm_storeu_si128(out + 2, _mm256_extracti128_si256(a, 1));
     _mm_storeu_si128(out + 3, _mm256_extracti128_si256(b, 1));
   }
+
+  static Bits steps(Vec x, Vec scale, Vec lowest, Vec highest) {
+    return _mm256_cvtps_epi32(_mm256_min_ps(_mm256_max_ps(_mm256_div_ps(x, scale), lowest), highest));
+  }
+  template <int Width>
+  static Bits shift_in(Bits bits, Bits d) {
+    return _mm256_add_epi32(_mm256_slli_epi32(bits, Width), d);
+  }
+  static Bits offset(Bits bits, uint32_t add, uint32_t flip) {
+    const Bits sum = _mm256_add_epi32(bits, _mm256_set1_epi32(static_cast<int>(add)));
+    return _mm256_xor_si256(sum, _mm256_set1_epi32(static_cast<int>(flip)));
+  }
 };
 
 struct FourDoubles {

@@ -1,25 +1,22 @@
-// The integer convolution.
+// The integer convolution: tiles of the output, whose sums stay in registers, and how a block of filters is cut into
+// them.
 //
-// Where the bits of activation and weight agree the product is +1, where they differ it is -1: over the taps inside the
-// image, acc = channels*taps_inside - 2*differing_inside. Rows of taps outside the image are left out. A tap left or
-// right of the image reads a pixel of zeros, so that neighbouring pixels can share the loop over the taps; it then
-// counts the ones of its weights as differing. Hence, over the rows of taps inside,
-//   acc = base - 2*differing,   base = channels*taps_inside + 2*(ones in the weights of the taps beside the image)
-// which is |acc| <= 2^24, exact in float32.
-//
-// A tile is F vectors of filters x P neighbouring pixels, whose counts stay in registers. Ops says what one step is:
+// A tile is F vectors of filters x P neighbouring pixels. Ops says what one step is:
 //   kLanes, kVectors, kFewVectors, kPixels    filters in a vector; F of a full block, of a small one; the largest P
-//   kUnitBytes, kVectorBytes                  see Variant
-//   Weights, Activation, Part, Wide           a vector of weights; one unit of one pixel; counts, narrow and wide
+//   kUnitBytes, kVectorBytes                  see Kernel
+//   Weights, Activation, Part, Wide           a vector of weights; one unit of one pixel; sums, narrow and wide
 //   load(const uint8_t*), broadcast(const uint8_t*), zero(Part&), zero(Wide&)
-//   count(Part&, Weights, Activation)         differing bits are added
-//   opaque(value)                             the value, in a register, that the compiler knows nothing of
+//   count(Part&, Weights, Activation)         what weights and activation come to is added
 //   kUnitsPerFlush, flush(Part&, Wide&)       after so many units a Part may be full: add it to the Wide, clear it
-//   kFlushes, store(Wide, base, acc)          after so many flushes a Wide may be full: acc = base - 2*Wide
+//   kFlushes, store(Wide, base, acc)          after so many flushes a Wide may be full: acc = base and what it comes to
+//
+// A Row<Ops, F> says what the two kinds of convolution, binary.inl and quantized.inl, do not share:
+//   Row(const ConvTask&), start(int64_t y)    before the first tile of an output row
+//   tile<P>(int64_t x, int32_t* acc)          acc of output pixels (y, x) .. (y, x + P - 1), whatever base they need
 
 constexpr int64_t kMostUnits = 1 << 24;  // of a pixel: taps times channels are at most that many
 
-// The counts of one tile on their way to acc. All of it has to end up in registers, hence always inlined.
+// The sums of one tile on their way to acc. All of it has to end up in registers, hence always inlined.
 template <class Ops, int F, int P>
 struct Tile {
   typename Ops::Part part[F][P];
@@ -75,7 +72,7 @@ struct Tile {
     flushes = 0;
   }
 
-  // acc = base - 2*counts, and the counts are 0 again
+  // to acc, and the sums are 0 again
   SIMAN_INLINE void store() {
     for (int p = 0; p < P; ++p) {
       for (int f = 0; f < F; ++f) {
@@ -87,37 +84,12 @@ struct Tile {
   }
 };
 
-// Taps [first, last) of one axis that fall inside the image.
+// Taps [first, last) of one axis.
 struct Taps {
   int64_t first, last;
 };
 
 inline int64_t round_up_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-inline Taps taps_inside(const Axis& axis, int64_t at) {
-  const int64_t start = at * axis.stride - axis.pad;
-  if (start >= 0 && start + (axis.kernel - 1) * axis.dilation < axis.in) return {0, axis.kernel};
-  int64_t first = start < 0 ? round_up_div(-start, axis.dilation) : 0;
-  int64_t last = start < axis.in ? round_up_div(axis.in - start, axis.dilation) : 0;
-  last = last < axis.kernel ? last : axis.kernel;
-  first = first < last ? first : last;
-  return {first, last};
-}
-
-// base for one pixel, by sums over rectangles of taps: those of all columns less those inside.
-inline void base_of_pixel(const ConvTask& t, Taps rows, Taps columns, int count, int32_t* base) {
-  const auto ones = [&](int64_t i, int64_t j) {
-    return t.ones + static_cast<size_t>(i * (t.columns.kernel + 1) + j) * t.ones_stride;
-  };
-  const int32_t *all_above = ones(rows.first, t.columns.kernel), *all = ones(rows.last, t.columns.kernel);
-  const int32_t *left_above = ones(rows.first, columns.first), *left = ones(rows.last, columns.first);
-  const int32_t *right_above = ones(rows.first, columns.last), *right = ones(rows.last, columns.last);
-  const auto inside = static_cast<int32_t>(t.channels * (rows.last - rows.first) * (columns.last - columns.first));
-  for (int f = 0; f < count; ++f) {
-    const int32_t in_all = all[f] - all_above[f], in_image = right[f] - right_above[f] - left[f] + left_above[f];
-    base[f] = inside + 2 * (in_all - in_image);
-  }
-}
 
 // acc of output pixels (y, x) .. (y, x + P - 1) where no tap is left or right of the image. Where the taps of a row
 // follow one another in memory, activations and weights alike, they are one long tap.
@@ -145,73 +117,23 @@ SIMAN_NOINLINE void tile_inside(const ConvTask& t, Taps rows, int64_t y, int64_t
   tile.finish();
 }
 
-// The same for pixels some of whose taps are beside the image: these read zeros.
-template <class Ops, int F, int P>
-SIMAN_NOINLINE void tile_clipped(const ConvTask& t, Taps rows, int64_t y, int64_t x, const int32_t* const* base,
-                                 int32_t* acc) {
-  const size_t tap_bytes = static_cast<size_t>(t.units) * F * Ops::kVectorBytes;
-  const uint8_t* zeros = t.packed + static_cast<size_t>(t.rows.in * t.columns.in) * t.pixel_bytes;
-  Tile<Ops, F, P> tile(base, acc);
-  for (int64_t i = rows.first; i < rows.last; ++i) {
-    const int64_t in_y = y * t.rows.stride - t.rows.pad + i * t.rows.dilation;
-    const uint8_t* row = t.packed + static_cast<size_t>(in_y * t.columns.in) * t.pixel_bytes;
-    const uint8_t* weights = t.weights + static_cast<size_t>(i * t.columns.kernel) * tap_bytes;
-    for (int64_t j = 0; j < t.columns.kernel; ++j) {
-      const uint8_t* pixels[P];
-      for (int p = 0; p < P; ++p) {
-        const int64_t in_x = (x + p) * t.columns.stride - t.columns.pad + j * t.columns.dilation;
-        pixels[p] = in_x >= 0 && in_x < t.columns.in ? row + static_cast<size_t>(in_x) * t.pixel_bytes : zeros;
-      }
-      tile.add(weights, pixels, t.units);
-    }
-  }
-  tile.finish();
-}
-
-// Output columns [first, last) whose taps are all inside the image.
-inline Taps columns_inside(const Axis& axis) {
-  const int64_t room = axis.in - 1 + axis.pad - (axis.kernel - 1) * axis.dilation;
-  const int64_t first = round_up_div(axis.pad, axis.stride), last = room < 0 ? 0 : room / axis.stride + 1;
-  return {first, last < axis.out ? last : axis.out};
-}
-
-// A row of the output: the taps inside the image, the columns that have all of theirs inside, and the base of those.
-template <int Filters>
-struct Row {
-  int64_t y;
-  Taps rows, columns;
-  int32_t base[Filters];
-};
-
-// Chooses the tile that fits: P of `width` pixels, 1 <= width <= P. Few pixels have a base of their own.
-template <class Ops, int F, int P>
-void convolve_pixels(const ConvTask& t, const Row<F * Ops::kLanes>& row, int64_t x, int64_t width, int32_t* acc) {
-  constexpr int kFilters = F * Ops::kLanes;
+// Chooses the tile that fits: P of `width` pixels, 1 <= width <= P.
+template <int P, class Row>
+void convolve_pixels(const Row& row, int64_t x, int64_t width, int32_t* acc) {
   if constexpr (P > 1) {
-    if (width < P) return convolve_pixels<Ops, F, P - 1>(t, row, x, width, acc);
+    if (width < P) return convolve_pixels<P - 1>(row, x, width, acc);
   }
-  const int32_t* base[P];
-  for (auto& from : base) from = row.base;
-  if (x >= row.columns.first && x + P <= row.columns.last)
-    return tile_inside<Ops, F, P>(t, row.rows, row.y, x, base, acc);
-  int32_t clipped[P][kFilters];
-  for (int p = 0; p < P; ++p) {
-    if (x + p >= row.columns.first && x + p < row.columns.last) continue;
-    base[p] = clipped[p];
-    base_of_pixel(t, row.rows, taps_inside(t.columns, x + p), kFilters, clipped[p]);
-  }
-  tile_clipped<Ops, F, P>(t, row.rows, row.y, x, base, acc);
+  row.template tile<P>(x, acc);
 }
 
 // Segments of at most 64 pixels, whole rows where they are short: their acc stays in the first-level cache until Y is
 // written. A row is cut into tiles of nearly the same width (7 pixels are 4 + 3, not 6 + 1).
-template <class Ops, class Floats, int F>
+template <class Row, class Ops, class Floats, int F>
 void convolve_block(const ConvTask& t) {
   constexpr int64_t kPixels = 64, kFilters = F * Ops::kLanes;
   static_assert(kFilters % Floats::kLanes == 0 && kPixels % Floats::kLanes == 0);
   int32_t acc[kPixels * kFilters] = {};
-  Row<kFilters> row;
-  row.columns = columns_inside(t.columns);
+  Row row(t);
   const int64_t chunks = round_up_div(t.columns.out, kPixels);
   const int64_t rows_at_once = chunks > 1 ? 1 : kPixels / t.columns.out;
   for (int64_t y = t.row_begin; y < t.row_end; y += rows_at_once) {
@@ -221,13 +143,10 @@ void convolve_block(const ConvTask& t) {
       const int64_t tiles = round_up_div(width, Ops::kPixels);
       const auto pixel = static_cast<size_t>(y * t.columns.out + begin), count = static_cast<size_t>(rows * width);
       for (int64_t r = 0; r < rows; ++r) {
-        row.y = y + r;
-        row.rows = taps_inside(t.rows, y + r);
-        const auto all = static_cast<int32_t>(t.channels * (row.rows.last - row.rows.first) * t.columns.kernel);
-        for (auto& value : row.base) value = all;
+        row.start(y + r);
         for (int64_t i = 0; i < tiles; ++i) {
           const int64_t x = i * width / tiles, end = (i + 1) * width / tiles;
-          convolve_pixels<Ops, F, Ops::kPixels>(t, row, begin + x, end - x, acc + (r * width + x) * kFilters);
+          convolve_pixels<Ops::kPixels>(row, begin + x, end - x, acc + (r * width + x) * kFilters);
         }
       }
       epilogue<Floats>(t, acc, kFilters, pixel, count);
@@ -235,8 +154,9 @@ void convolve_block(const ConvTask& t) {
   }
 }
 
-template <class Ops, class Floats>
+template <template <class, int> class Row, class Ops, class Floats>
 void convolve(const ConvTask& t) {
-  if (t.vectors == Ops::kVectors) return convolve_block<Ops, Floats, Ops::kVectors>(t);
-  convolve_block<Ops, Floats, Ops::kFewVectors>(t);
+  constexpr int kMany = Ops::kVectors, kFew = Ops::kFewVectors;
+  if (t.vectors == kMany) return convolve_block<Row<Ops, kMany>, Ops, Floats, kMany>(t);
+  convolve_block<Row<Ops, kFew>, Ops, Floats, kFew>(t);
 }

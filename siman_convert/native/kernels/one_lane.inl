@@ -19,6 +19,17 @@ struct OneFloat {
   static Bits no_bits() { return 0; }
   static Bits append(Bits bits, Vec x, Vec threshold) { return 2 * bits + (x >= threshold); }
   static void words(Bits low, Bits high, uint64_t* words) { *words = low | high << 32; }
+
+  static Bits steps(Vec x, Vec scale, Vec lowest, Vec highest) {
+    constexpr float kNoFraction = 12582912.0f;  // 1.5*2^23: a float of this size is an integer
+    const float from = x / scale >= lowest ? x / scale : lowest, d = from <= highest ? from : highest;
+    return static_cast<Bits>(static_cast<int32_t>((d + kNoFraction) - kNoFraction));
+  }
+  template <int Width>
+  static Bits shift_in(Bits bits, Bits d) {
+    return (bits << Width) + d;
+  }
+  static Bits offset(Bits bits, uint32_t add, uint32_t flip) { return (static_cast<uint32_t>(bits) + add) ^ flip; }
 };
 
 struct OneDouble {

@@ -3,21 +3,22 @@
 #include "pack.inl"
 #include "epilogue.inl"
 #include "convolve.inl"
+#include "binary.inl"
+#include "quantized.inl"
 #include "ceiling.inl"
 
+template <class Ops>
+constexpr Kernel kernel(void (*convolve)(const ConvTask&)) {
+  return {Ops::kLanes,     Ops::kVectors,     Ops::kFewVectors, Ops::kUnitChannels,
+          Ops::kUnitBytes, Ops::kVectorBytes, convolve};
+}
+
 // The entry of this instruction set: all of its kernels and the layout they want.
-template <class Ops, class Floats, class One, class Doubles>
+template <class BinaryOps, class QuantizedOps, class Floats, class One, class Doubles>
 constexpr Variant variant(const char* name) {
   return {name,
-          Ops::kLanes,
-          Ops::kVectors,
-          Ops::kFewVectors,
-          Ops::kUnitChannels,
-          Ops::kUnitBytes,
-          Ops::kVectorBytes,
-          sum_block<Doubles>,
-          pack<Floats, One, Ops>,
-          Ops::place,
-          convolve<Ops, Floats>,
-          count_registers<Ops>};
+          {kernel<BinaryOps>(convolve<BinaryRow, BinaryOps, Floats>), sum_block<Doubles>, pack<Floats, One, BinaryOps>,
+           BinaryOps::place, count_registers<BinaryOps>},
+          {kernel<QuantizedOps>(convolve<QuantizedRow, QuantizedOps, Floats>), sizeof(typename QuantizedOps::Code),
+           quantize<Floats, QuantizedOps>, QuantizedOps::place}};
 }
