@@ -31,6 +31,7 @@ from siman_convert.onnx_export import build_onnx
 from siman_convert.onnx_file import Variant, parse_onnx, seal
 from siman_convert.onnx_fold import Folding
 from siman_convert.onnx_int8 import quantize_rest
+from siman_convert.onnx_int8_plan import Quantization
 from siman_convert.onnx_preprocess import add_preprocess
 from siman_convert.packed import load, round_to_half, save_packed
 from siman_convert.runs import require_usable
@@ -55,12 +56,13 @@ class AccuracyChange:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote and found. costs: the plan's figures, as `siman inspect` gives them."""
+    """What an export wrote and found. costs: the plan's figures, as `siman inspect` gives them; quantization: of int8."""
 
     files: tuple[Path, ...]
     description: Description
     variant: Variant
     folding: Folding
+    quantization: Quantization | None
     costs: Costs
     change: AccuracyChange | None
     verification: Verification
@@ -74,6 +76,7 @@ class _Built:
     onnx: bytes
     variant: Variant
     folding: Folding
+    quantization: Quantization | None
     change: AccuracyChange | None
 
 
@@ -116,7 +119,8 @@ def export(
     with torch.device("meta"):
         skeleton = create(description.architecture, len(description.classes))
     costs = plan_costs(skeleton, description.plan)
-    return Exported(targets, description, built.variant, built.folding, costs, built.change, verification)
+    found = built.folding, built.quantization, costs, built.change, verification
+    return Exported(targets, description, built.variant, *found)
 
 
 def _build(
@@ -125,7 +129,7 @@ def _build(
     """`measured`: the network's own images, on which the cost of rounding is measured."""
     packed = subject.packed
     assert packed is not None  # _open refuses ONNX files
-    change, preprocess = None, subject.description.preprocess
+    change, quantization, preprocess = None, None, subject.description.preprocess
 
     def top1(model: nn.Module) -> Metrics | None:
         if measured is None:
@@ -142,12 +146,12 @@ def _build(
         if measured is None:
             raise InputError(f"{subject.name}: int8 is calibrated on training images; name some with --data")
         before = top1(OnnxRuntimeModel(graph.SerializeToString()))
-        graph = quantize_rest(graph, _calibration(measured, preprocess))
+        graph, quantization = quantize_rest(graph, _calibration(measured, preprocess))
         change = _change(before, top1(OnnxRuntimeModel(graph.SerializeToString())))
     if with_preprocess:
         graph = add_preprocess(graph, preprocess)
     variant = Variant(takes_images=with_preprocess, int8=int8)
-    return _Built(packed, seal(graph, description_of(packed), variant), variant, folding, change)
+    return _Built(packed, seal(graph, description_of(packed), variant), variant, folding, quantization, change)
 
 
 def _calibration(source: Source, preprocess: Preprocess) -> Iterator[npt.NDArray[np.float32]]:

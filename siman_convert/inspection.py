@@ -9,6 +9,7 @@ from torch import nn
 from siman_convert.costs import Costs, plan_costs
 from siman_convert.models import create, require_known
 from siman_convert.onnx_file import read_onnx
+from siman_convert.onnx_int8_plan import Quantization, read_quantization
 from siman_convert.packed import read_description
 from siman_convert.plans import Plan, Size, make_plan
 from siman_convert.runs import Run
@@ -41,12 +42,14 @@ def inspect_model(
     return decided, plan_costs(model, decided)
 
 
-def inspect_file(path: Path) -> tuple[Plan, Costs]:
-    """The plan an exported file was made with and its costs."""
-    description = read_onnx(path).description if path.suffix == ".onnx" else read_description(path)
+def inspect_file(path: Path) -> tuple[Plan, Costs, Quantization | None]:
+    """The plan an exported file was made with, its costs, and what else of the file is in 8 bits; None: it is not int8."""
+    file = read_onnx(path) if path.suffix == ".onnx" else None
+    description = file.description if file else read_description(path)
     with torch.device("meta"):
         model = create(description.architecture, len(description.classes))
-    return description.plan, plan_costs(model, description.plan)
+    quantization = read_quantization(file.model.graph) if file and file.variant.int8 else None
+    return description.plan, plan_costs(model, description.plan), quantization
 
 
 def inspect_run(folder: Path) -> tuple[Plan, Costs]:

@@ -161,7 +161,12 @@ def _strip(message: Any) -> None:
 
 def binary_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The siman.BinaryConv2d nodes of a graph, in its order."""
-    return [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP_NAME)]
+    return [node for node in operator_nodes(model) if node.op_type == OP_NAME]
+
+
+def operator_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """The nodes of all operators of ours, siman.BinaryConv2d and siman.QuantizedConv2d, in the graph's order."""
+    return [node for node in model.graph.node if node.domain == DOMAIN]
 
 
 @contextmanager

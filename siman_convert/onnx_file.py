@@ -26,13 +26,18 @@ from siman_convert.description import KEY, Description, canonical_json
 from siman_convert.errors import InputError, one_line
 from siman_convert.metadata import from_metadata, to_metadata
 from siman_convert.onnx_op import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, VERSION
-from siman_convert.runtime.reference import check_attributes
+from siman_convert.onnx_quantized_op import QUANTIZED_ATTRIBUTES, QUANTIZED_INPUTS, QUANTIZED_OP
+from siman_convert.runtime.reference import check_attributes, check_int8_weights, check_quantized_attributes
 
 DIGEST = "siman.sha256"
 ZEROS = b"0" * 64
 _BEFORE_DIGEST = DIGEST.encode() + b"\x12\x40"  # protobuf: field 2 (value) of 64 bytes follows the key
 MAX_BYTES = 2**31 - 1  # protobuf's limit
-_LISTS = ("strides", "pads", "dilations")  # of integers; the other attributes are one integer
+_OPERATORS = {OP_NAME: (INPUTS, ATTRIBUTES), QUANTIZED_OP: (QUANTIZED_INPUTS, QUANTIZED_ATTRIBUTES)}
+_COMPUTED = ("X", "residual")  # inputs; the others are constants
+_KINDS = dict.fromkeys(("strides", "pads", "dilations"), onnx.AttributeProto.INTS) | {
+    "x_scale": onnx.AttributeProto.FLOAT
+}
 NORMALISED, IMAGE = "float32 NCHW", "uint8 NHWC"
 
 
@@ -168,45 +173,53 @@ def _array(tensor: onnx.TensorProto) -> np.ndarray[Any, Any]:
 
 
 def _check_operators(model: onnx.ModelProto) -> None:
-    """Every binary convolution has its attributes, and weights and vectors that fit them."""
+    """Every node of our operators has its attributes, weights and vectors that fit them, and a function in the file."""
     versions = {opset.domain: opset.version for opset in model.opset_import}
     if versions.get(DOMAIN) != VERSION:
         raise InputError(f"its {DOMAIN} operators are of version {versions.get(DOMAIN)}, this siman has {VERSION}")
     tensors = {tensor.name: tensor for tensor in model.graph.initializer}
+    functions = [(function.domain, function.name) for function in model.functions]
     for node in model.graph.node:
         if node.domain == DOMAIN:
             try:
                 _check_operator(node, tensors)
+                if functions.count((DOMAIN, node.op_type)) != 1:
+                    raise InputError(f"the function {DOMAIN}.{node.op_type} is missing or there twice; export it again")
             except InputError as error:
                 raise InputError(f"{node.name or 'unnamed node'}: {error}") from None
 
 
 def _check_operator(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> None:
-    if node.op_type != OP_NAME or len(node.input) != len(INPUTS):
-        raise InputError(f"{DOMAIN}.{node.op_type} of {len(node.input)} inputs; expected {OP_NAME} of {len(INPUTS)}")
-    attributes = _attributes(node)
-    check_attributes(**attributes)
-    constants = dict(zip(INPUTS, node.input, strict=True))
-    missing = [name for name in ("W", "scale", "bias", "slope") if constants[name] not in tensors]
+    inputs, names = _OPERATORS.get(node.op_type, ((), ()))
+    if not inputs or len(node.input) != len(inputs):
+        expected = " or ".join(f"{name} of {len(inputs)}" for name, (inputs, _) in _OPERATORS.items())
+        raise InputError(f"{DOMAIN}.{node.op_type} of {len(node.input)} inputs; expected {expected}")
+    attributes = _attributes(node, names)
+    (check_attributes if node.op_type == OP_NAME else check_quantized_attributes)(**attributes)
+    constants = {name: value for name, value in zip(inputs, node.input, strict=True) if name not in _COMPUTED}
+    missing = [name for name, value in constants.items() if value not in tensors]
     if missing:
         raise InputError(f"{missing[0]} is not a constant of the file")
     W = _array(tensors[constants["W"]])
-    check_packed(W, attributes["channels"])
-    if len(W) % attributes["group"]:
-        raise InputError(f"{len(W)} filters cannot be split into {attributes['group']} groups")
+    if node.op_type == QUANTIZED_OP:
+        check_int8_weights(W)
+    else:
+        check_packed(W, attributes["channels"])
+        if len(W) % attributes["group"]:
+            raise InputError(f"{len(W)} filters cannot be split into {attributes['group']} groups")
     for name in ("scale", "bias", "slope"):
         vector = _array(tensors[constants[name]])
         if vector.dtype != np.float32 or vector.shape != W.shape[:1]:
             raise InputError(f"{name} is {vector.dtype} {vector.shape}, expected float32 {W.shape[:1]}")
 
 
-def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def _attributes(node: onnx.NodeProto, expected: tuple[str, ...]) -> dict[str, Any]:
     """All that the operator has, each once and of its type."""
     names = sorted(str(attribute.name) for attribute in node.attribute)  # a name that is not UTF-8 comes as bytes
-    if names != sorted(ATTRIBUTES):
-        raise InputError(f"attributes {', '.join(names)}; expected {', '.join(sorted(ATTRIBUTES))}")
+    if names != sorted(expected):
+        raise InputError(f"attributes {', '.join(names)}; expected {', '.join(sorted(expected))}")
     for attribute in node.attribute:
-        kind = onnx.AttributeProto.INTS if attribute.name in _LISTS else onnx.AttributeProto.INT
+        kind = _KINDS.get(attribute.name, onnx.AttributeProto.INT)
         if attribute.type != kind or attribute.ref_attr_name:
             raise InputError(
                 f"attribute {attribute.name} is not of type {onnx.AttributeProto.AttributeType.Name(kind)}"

@@ -42,6 +42,45 @@ INPUTS = ("X", "W", "scale", "bias", "residual", "slope")
 ATTRIBUTES = ("channels", "strides", "pads", "dilations", "group", "center")  # every node carries all of them
 MIN_OPSET = 18  # ReduceMean with its axes as an input
 
+# From v and slope to Y, at the end of a body that has the constants zero and one and slope_o, (O, 1, 1).
+SLOPE_BODY = """\
+  least = ReduceMin <keepdims = 0> (slope)
+  largest = ReduceMax <keepdims = 0> (slope)
+  least_is_0 = Equal (least, zero)
+  largest_is_0 = Equal (largest, zero)
+  all_0 = And (least_is_0, largest_is_0)
+  Y = If (all_0) <
+    then_branch = relu () => (float[N, O, Ho, Wo] Y_relu) {
+      Y_relu = LeakyRelu <alpha = 0.0> (v)
+    },
+    else_branch = not_relu () => (float[N, O, Ho, Wo] Y_not_relu) {
+      least_is_1 = Equal (least, one)
+      largest_is_1 = Equal (largest, one)
+      all_1 = And (least_is_1, largest_is_1)
+      Y_not_relu = If (all_1) <
+        then_branch = identity () => (float[N, O, Ho, Wo] Y_same) {
+          Y_same = Identity (v)
+        },
+        else_branch = prelu () => (float[N, O, Ho, Wo] Y_prelu) {
+          least_from_0 = GreaterOrEqual (least, zero)
+          largest_to_1 = LessOrEqual (largest, one)
+          in_0_1 = And (least_from_0, largest_to_1)
+          Y_prelu = If (in_0_1) <
+            then_branch = shrinking () => (float[N, O, Ho, Wo] Y_shrunk) {
+              v_negative = Min (v, zero)
+              v_sloped = Mul (slope_o, v_negative)
+              Y_shrunk = Max (v, v_sloped)
+            },
+            else_branch = any_slope () => (float[N, O, Ho, Wo] Y_any) {
+              Y_any = PRelu (v, slope_o)
+            }
+          >
+        }
+      >
+    }
+  >
+"""
+
 _BODY = """
 <domain: "siman", opset_import: ["" : OPSET]>
 BinaryConv2d <channels, strides, pads, dilations, group, center> (X, W, scale, bias, residual, slope) => (Y)
@@ -94,54 +133,24 @@ BinaryConv2d <channels, strides, pads, dilations, group, center> (X, W, scale, b
   biased = Add (scaled, bias_o)
   v = Add (biased, residual)
 
-  least = ReduceMin <keepdims = 0> (slope)
-  largest = ReduceMax <keepdims = 0> (slope)
-  least_is_0 = Equal (least, zero)
-  largest_is_0 = Equal (largest, zero)
-  all_0 = And (least_is_0, largest_is_0)
-  Y = If (all_0) <
-    then_branch = relu () => (float[N, O, Ho, Wo] Y_relu) {
-      Y_relu = LeakyRelu <alpha = 0.0> (v)
-    },
-    else_branch = not_relu () => (float[N, O, Ho, Wo] Y_not_relu) {
-      least_is_1 = Equal (least, one)
-      largest_is_1 = Equal (largest, one)
-      all_1 = And (least_is_1, largest_is_1)
-      Y_not_relu = If (all_1) <
-        then_branch = identity () => (float[N, O, Ho, Wo] Y_same) {
-          Y_same = Identity (v)
-        },
-        else_branch = prelu () => (float[N, O, Ho, Wo] Y_prelu) {
-          least_from_0 = GreaterOrEqual (least, zero)
-          largest_to_1 = LessOrEqual (largest, one)
-          in_0_1 = And (least_from_0, largest_to_1)
-          Y_prelu = If (in_0_1) <
-            then_branch = shrinking () => (float[N, O, Ho, Wo] Y_shrunk) {
-              v_negative = Min (v, zero)
-              v_sloped = Mul (slope_o, v_negative)
-              Y_shrunk = Max (v, v_sloped)
-            },
-            else_branch = any_slope () => (float[N, O, Ho, Wo] Y_any) {
-              Y_any = PRelu (v, slope_o)
-            }
-          >
-        }
-      >
-    }
-  >
-}
+SLOPE}
 """
 
 
 def function_body(opset: int) -> onnx.FunctionProto:
     """The operator in standard ONNX operators; `opset` must be the default-domain version the model imports."""
-    newest = onnx.defs.onnx_opset_version()
-    if not MIN_OPSET <= opset <= newest:
-        raise InputError(f"{DOMAIN}.{OP_NAME} needs a model of ONNX opset {MIN_OPSET} to {newest}, got {opset}")
-    function = onnx.parser.parse_function(_BODY.replace("OPSET", str(opset)))
+    function = parse_body(_BODY.replace("SLOPE", SLOPE_BODY), OP_NAME, opset)
     table = next(node for node in function.node if "weights_of_byte" in node.output)
     table.attribute.append(onnx.helper.make_attribute("value", numpy_helper.from_array(_weights_of_byte())))
     return function
+
+
+def parse_body(text: str, name: str, opset: int) -> onnx.FunctionProto:
+    """The function of the operator `name`; InputError for an `opset` that it cannot be written in."""
+    newest = onnx.defs.onnx_opset_version()
+    if not MIN_OPSET <= opset <= newest:
+        raise InputError(f"{DOMAIN}.{name} needs a model of ONNX opset {MIN_OPSET} to {newest}, got {opset}")
+    return onnx.parser.parse_function(text.replace("OPSET", str(opset)))
 
 
 def _weights_of_byte() -> npt.NDArray[np.int8]:
@@ -155,8 +164,14 @@ def output_size(size: int, kernel: int, stride: int, pad_before: int, pad_after:
     return (pad_before + size + pad_after - dilation * (kernel - 1) - 1) // stride + 1
 
 
-def _infer_shape(context: onnx.shape_inference.InferenceContext) -> None:
-    """Y is float (N, O, Ho, Wo), each dimension as far as it is known."""
+def infer_shape(
+    context: onnx.shape_inference.InferenceContext,
+    kernel_axis: int,
+    strides: list[int],
+    pads: list[int],
+    dilations: list[int],
+) -> None:
+    """Y is float (N, O, Ho, Wo), each dimension as far as it is known; W has (kH, kW) from `kernel_axis` on."""
     y = onnx.TypeProto()
     y.tensor_type.elem_type = onnx.TensorProto.FLOAT
     dims = [y.tensor_type.shape.dim.add() for _ in range(4)]
@@ -166,13 +181,17 @@ def _infer_shape(context: onnx.shape_inference.InferenceContext) -> None:
     if len(x_dims) == 4 and len(w_dims) == 4:
         dims[0].CopyFrom(x_dims[0])
         dims[1].CopyFrom(w_dims[0])
-        strides, pads, dilations = (list(context.get_attribute(a).ints) for a in ("strides", "pads", "dilations"))
         for i in range(2):
-            size, kernel = x_dims[2 + i], w_dims[1 + i]
+            size, kernel = x_dims[2 + i], w_dims[kernel_axis + i]
             if size.HasField("dim_value") and kernel.HasField("dim_value"):
                 fit = output_size(size.dim_value, kernel.dim_value, strides[i], pads[i], pads[i + 2], dilations[i])
                 dims[2 + i].dim_value = fit
     context.set_output_type(0, y)
+
+
+def _infer_shape(context: onnx.shape_inference.InferenceContext) -> None:
+    strides, pads, dilations = (list(context.get_attribute(name).ints) for name in ("strides", "pads", "dilations"))
+    infer_shape(context, 1, strides, pads, dilations)
 
 
 def _schema() -> OpSchema:

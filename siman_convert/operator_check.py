@@ -1,8 +1,8 @@
-"""Each binary convolution by itself: torch, ONNX Runtime, our kernels and the reference compute it from the same recorded input.
+"""Each operator of ours by itself: torch, ONNX Runtime, our kernels and the reference compute it from the same recorded input.
 
-Equal values are expected, every one. One difference is none: a mean may be summed in another order and round to the
-neighbouring float32 (about one sample in ten million), so a sample that is right for a threshold one float apart is
-counted, not refused.
+Equal values are expected, every one. One difference is none: the mean that a siman.BinaryConv2d takes may be summed in another
+order and round to the neighbouring float32 (about one sample in ten million), so a sample that is right for a threshold one
+float apart is counted, not refused. A siman.QuantizedConv2d has no form in torch.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from siman_convert.frozen import integer_conv
 from siman_convert.layers import Geometry
-from siman_convert.onnx_export import INPUT, binary_nodes
-from siman_convert.onnx_op import INPUTS
+from siman_convert.onnx_export import INPUT, operator_nodes
+from siman_convert.onnx_op import INPUTS, OP_NAME
+from siman_convert.onnx_quantized_op import QUANTIZED_INPUTS
 from siman_convert.runtime import native, reference
 
 Floats = npt.NDArray[np.float32]
 Values = dict[str, Any]  # arrays by name
+COMPUTED = ("X", "residual")  # inputs of an operator; the others are constants
 
 
 @dataclass
@@ -39,6 +41,7 @@ class OperatorCheck:
     outputs: int
     different: dict[str, int] = field(default_factory=dict)
     neighbouring: dict[str, int] = field(default_factory=dict)
+    operator: str = OP_NAME
 
     def failures(self) -> Iterator[str]:
         """A line for each backend that differs."""
@@ -55,19 +58,32 @@ def check_operators(core: onnx.ModelProto, tapped: onnx.ModelProto, images: Tens
     )
     values[INPUT] = images.numpy()
     values |= {tensor.name: numpy_helper.to_array(tensor) for tensor in core.graph.initializer}
-    for node in binary_nodes(core):
-        inputs = {name: values[value] for name, value in zip(INPUTS, node.input, strict=True)}
-        yield _check_operator(core, node, inputs)
+    for node in operator_nodes(core):
+        inputs = {name: values[value] for name, value in named_inputs(node).items()}
+        check = _check_binary if node.op_type == OP_NAME else _check_quantized
+        yield check(core, node, inputs)
 
 
-def _check_operator(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values) -> OperatorCheck:
+def named_inputs(node: onnx.NodeProto) -> dict[str, str]:
+    """The values that a node of ours reads, by the names that its operator has for them."""
+    return dict(zip(INPUTS if node.op_type == OP_NAME else QUANTIZED_INPUTS, node.input, strict=True))
+
+
+def _check_quantized(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values) -> OperatorCheck:
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    expected = reference.quantized_conv2d(*inputs.values(), **attributes)
+    check = OperatorCheck(node.name, expected.size, operator=node.op_type)
+    for backend, result in _in_sessions(core, node, inputs).items():
+        check.different[backend] = int((~_equal(result, expected)).sum())
+        check.neighbouring[backend] = 0
+    return check
+
+
+def _check_binary(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values) -> OperatorCheck:
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     expected = reference.binary_conv2d(*inputs.values(), **attributes)
     check = OperatorCheck(node.name, expected.size)
-    results = {"torch": _in_torch(inputs, attributes), "onnxruntime": _in_onnxruntime(core, node, inputs)}
-    if native.variant() is not None:
-        results["native"] = _in_onnxruntime(core, node, inputs, use_kernels=True)
-    for backend, result in results.items():
+    for backend, result in ({"torch": _in_torch(inputs, attributes)} | _in_sessions(core, node, inputs)).items():
         wrong = _different_samples(result, expected)
         beside = [n for n in wrong if _is_neighbouring(result[n], _sample(inputs, n), attributes)]
         counts = {n: int((~_equal(result[n], expected[n])).sum()) for n in wrong}
@@ -89,20 +105,27 @@ def _in_torch(inputs: Values, attributes: dict[str, Any]) -> Floats:
     return y
 
 
+def _in_sessions(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values) -> dict[str, Floats]:
+    results = {"onnxruntime": _in_onnxruntime(core, node, inputs)}
+    if native.variant() is not None:
+        results["native"] = _in_onnxruntime(core, node, inputs, use_kernels=True)
+    return results
+
+
 def _in_onnxruntime(core: onnx.ModelProto, node: onnx.NodeProto, inputs: Values, use_kernels: bool = False) -> Floats:
     """The operator alone in a graph, its constants still constants; by the file's function, or by our kernels."""
-    fed = {"X", "residual"}
+    fed = [name for name in COMPUTED if name in inputs]
     alone = onnx.NodeProto()
     alone.CopyFrom(node)
     del alone.input[:], alone.output[:]
-    alone.input.extend(INPUTS)
+    alone.input.extend(inputs)
     alone.output.append("Y")
     make, kind = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
     constants = [numpy_helper.from_array(value, name) for name, value in inputs.items() if name not in fed]
     graph = onnx.helper.make_graph(
         [alone],
         "one",
-        [make(name, kind, inputs[name].shape) for name in sorted(fed)],
+        [make(name, kind, inputs[name].shape) for name in fed],
         [make("Y", kind, None)],
         constants,
     )
@@ -125,7 +148,7 @@ def _different_samples(a: Floats, b: Floats) -> list[int]:
 
 def _sample(inputs: Values, n: int) -> Values:
     """The inputs of one sample."""
-    of_one = {name: inputs[name][n : n + 1] for name in ("X", "residual") if len(inputs[name]) > 1}
+    of_one = {name: inputs[name][n : n + 1] for name in COMPUTED if len(inputs[name]) > 1}
     return inputs | of_one
 
 

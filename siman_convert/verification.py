@@ -41,10 +41,10 @@ from siman_convert.description import Description, description_of
 from siman_convert.errors import InputError
 from siman_convert.frozen import packed_layers
 from siman_convert.layers import exact_mean
-from siman_convert.onnx_export import INPUT, OUTPUT, binary_nodes
+from siman_convert.onnx_export import INPUT, OUTPUT, binary_nodes, operator_nodes
 from siman_convert.onnx_file import OnnxFile
 from siman_convert.onnx_op import INPUTS
-from siman_convert.operator_check import OperatorCheck, check_operators
+from siman_convert.operator_check import COMPUTED, OperatorCheck, check_operators, named_inputs
 from siman_convert.packed import round_to_half
 from siman_convert.runs import Run, find_run
 from siman_convert.runtime import native, reference
@@ -327,11 +327,11 @@ def _graph_runner(run: Callable[..., Any], layers: dict[str, str]) -> Runner:
 
 
 def _tapped(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that also puts out what every binary convolution reads."""
+    """A copy that also puts out what every operator of ours reads."""
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)
     given = {tensor.name for tensor in model.graph.initializer} | {INPUT, OUTPUT}
-    read = {node.input[INPUTS.index(name)] for node in binary_nodes(model) for name in ("X", "residual")}
+    read = {value for node in operator_nodes(model) for name, value in named_inputs(node).items() if name in COMPUTED}
     for name in sorted(read - given):
         tapped.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
     return tapped

@@ -263,6 +263,7 @@ def test_rows_of_a_profile() -> None:
             [first] first_out = Conv (x, w)
             [act] act_out = Relu (first_out)
             [pool] pool_out = MaxPool <kernel_shape = [1, 1]> (act_out)
+            [side] side_out = siman.QuantizedConv2d <strides = [1, 1]> (pool_out, w)
             [binary] z = siman.BinaryConv2d <channels = 4> (pool_out, bits)
         }"""
     )
@@ -274,14 +275,17 @@ def test_rows_of_a_profile() -> None:
         Operator("reorder", "ReorderOutput", (5, 4, 8, 8), 5.0),
         Operator("reorder_2", "ReorderOutput", (5, 4, 8, 8), 6.0),
         Operator("binary", "BinaryConv2d", (5, 4, 8, 8), 19.0),
+        Operator("side", "QuantizedConv2d", (5, 4, 8, 8), 50.0),
         Operator("_inlfunc_BinaryConv2d_acc_nchwc", "Conv", (5, 4, 8, 8), 20.0),
+        Operator("_inlfunc_QuantizedConv2d_acc_nchwc", "Conv", (5, 4, 8, 8), 50.0),
     ]
     assert layer_rows(operators, graph) == (
-        Layer("first", "convolution", 1, (5, 4, 8, 8), 40.0, 0.4, 0),
-        Layer("binary", "binary", 1, (5, 4, 8, 8), 19.0, 0.19, 5 * 4 * 8 * 8 * 3 * 2 * 4),
-        Layer("Conv", "other", 1, None, 20.0, 0.2, 0),
-        Layer("ReorderOutput", "other", 2, None, 11.0, 0.11, 0),
-        Layer("MaxPool", "other", 1, None, 10.0, 0.1, 0),
+        Layer("first", "convolution", 1, (5, 4, 8, 8), 40.0, 0.2, 0),
+        Layer("binary", "binary", 1, (5, 4, 8, 8), 19.0, 0.095, 5 * 4 * 8 * 8 * 3 * 2 * 4),
+        Layer("side", "8-bit", 1, (5, 4, 8, 8), 50.0, 0.25, 0),
+        Layer("Conv", "other", 2, None, 70.0, 0.35, 0),
+        Layer("ReorderOutput", "other", 2, None, 11.0, 0.055, 0),
+        Layer("MaxPool", "other", 1, None, 10.0, 0.05, 0),
     )
 
 

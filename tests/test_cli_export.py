@@ -24,8 +24,10 @@ from sklearn.datasets import load_digits
 from siman_convert import evaluate
 from siman_convert.backends import BACKENDS
 from siman_convert.cli import run as siman
+from siman_convert.cli.int8_text import quantization_lines
 from siman_convert.data import Preprocess, eval_transform, pixel_transform
 from siman_convert.onnx_file import read_onnx, seal
+from siman_convert.onnx_int8_plan import Quantization
 from siman_convert.runtime import native
 
 NO_SIMAN = "import sys; sys.modules['siman_convert'] = sys.modules['torch'] = None\n"  # importing either fails
@@ -117,6 +119,7 @@ def test_export_json_is_one_document(copied: Life, tmp_path: Path, capsys: pytes
     assert document["folding"]["operators"] == 11
     assert document["accuracy"]["images"] == 97
     assert document["accuracy_change"] is None
+    assert document["quantization"] is None
     assert "verifying on 8 images of" in captured.err
 
 
@@ -126,6 +129,39 @@ def test_the_change_of_accuracy_is_printed(life: Life, flag: str, name: str, tmp
     (before, after) = re.findall(rf"^{name:<9} top-1 ([\d.]+) % -> ([\d.]+) % on 97 images$", out, re.MULTILINE)[0]
     assert f"top-1 {before} %" in life.evaluated
     assert f"{evaluate(tmp_path / 'model.onnx', data=life.run.info().data).top1:.2f}" == after
+
+
+def test_what_is_in_8_bits_is_printed(life: Life, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By export, and by inspect of what it wrote."""
+    arguments = ["export", str(life.run.folder), "--int8", "--images", "4", "--output", str(tmp_path)]
+    assert siman([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    convolutions = ["conv1.0", *(f"layer{n}.0.downsample.1" for n in (2, 3, 4))]
+    weights = document["quantization"]["weights"]
+    assert document["quantization"] == {
+        "convolutions": convolutions,
+        "relus": ["conv1.0"],
+        "weights_only": {},
+        "classifiers": ["fc"],
+        "weights": weights,
+    }
+    line = f"int8      4 8-bit convolutions, 1 Relu folded in; 1 8-bit classifier: {weights:,} weights of 1 byte, before 4\n"
+    assert line in printed(*arguments)
+    path = str(tmp_path / "model.onnx")
+    assert line in printed("inspect", path)
+    assert json.loads(printed("inspect", path, "--json"))["int8"] == document["quantization"]
+    for plain in (life.onnx, life.safetensors):
+        assert json.loads(printed("inspect", str(plain), "--json"))["int8"] is None
+        assert "8-bit" not in printed("inspect", str(plain))
+
+
+def test_convolutions_that_compute_in_float_all_the_same_are_named() -> None:
+    found = Quantization((), (), {"a": "2 groups", "b": "dilation"}, ("fc", "fd"), 1234)
+    assert list(quantization_lines(found)) == [
+        "int8      2 8-bit classifiers; 8-bit weights alone of 2 convolutions: 1,234 weights of 1 byte, before 4",
+        "int8      a computes in float32: 2 groups",
+        "int8      b computes in float32: dilation",
+    ]
 
 
 # eval

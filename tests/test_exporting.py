@@ -9,6 +9,7 @@ import resource
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,9 @@ from siman_convert.description import as_half, description_of
 from siman_convert.exporting import Exported
 from siman_convert.frozen import halved_names
 from siman_convert.onnx_file import Variant, read_onnx
+from siman_convert.onnx_int8_plan import Quantization, read_quantization
+from siman_convert.onnx_op import OP_NAME
+from siman_convert.onnx_quantized_op import QUANTIZED_OP
 from siman_convert.verification import Verification
 from siman_convert.watch import Watcher
 
@@ -417,6 +421,24 @@ def test_int8_says_what_it_costs(life: Life, int8: Exported, digits: Path) -> No
     assert int8.files[0].stat().st_size < 0.75 * life.onnx.stat().st_size
     assert int8.verification.failures == []
     assert int8.verification.models[1].without_flip < 97  # int8 is not a rounding error: that is not judged
+
+
+def test_int8_says_what_it_quantized(life: Life, int8: Exported, half: Exported) -> None:
+    """And the file has it; every operator was compared."""
+    graph, model = read_onnx(int8.files[0]).model.graph, read_onnx(life.onnx).model
+    plain = model.graph
+    convolutions = [node.name for node in plain.node if node.op_type == "Conv"]
+    stored = {tensor.name: tensor for tensor in plain.initializer}
+    weights = [stored[node.input[1]].dims for node in plain.node if node.op_type in ("Conv", "Gemm")]
+    assert half.quantization is None
+    assert int8.quantization == read_quantization(graph)
+    assert int8.quantization == Quantization(
+        tuple(convolutions), ("conv1.0",), {}, ("fc",), sum(prod(dims) for dims in weights)
+    )
+    kinds = {check.layer: check.operator for check in int8.verification.operators}
+    assert [name for name, kind in kinds.items() if kind == QUANTIZED_OP] == convolutions
+    binary = [node.name for node in onnx_export.binary_nodes(model)]
+    assert [name for name, kind in kinds.items() if kind == OP_NAME] == binary
 
 
 def test_int8_needs_images(life: Life, tmp_path: Path) -> None:

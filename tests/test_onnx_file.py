@@ -239,11 +239,11 @@ def constant_in_a_branch(model: onnx.ModelProto) -> onnx.TensorProto:
     return next(a.t for branch in branches for node in branch.node for a in node.attribute if a.HasField("t"))
 
 
-def attribute(name: str, value: Any) -> Edit:
+def attribute(name: str, value: Any, of: str = "grouped") -> Edit:
     """The node's attribute, replaced; None takes it away."""
 
     def edit(model: onnx.ModelProto) -> None:
-        node = node_of(model)
+        node = node_of(model, of)
         kept = [a for a in node.attribute if a.name != name]
         del node.attribute[:]
         node.attribute.extend(kept)
@@ -286,8 +286,8 @@ def text_of_metadata(text: str) -> Edit:
     return lambda model: setattr(model.metadata_props[0], "value", text)
 
 
-def input_of(index: int, name: str) -> Edit:
-    return lambda model: node_of(model).input.__setitem__(index, name)
+def input_of(index: int, name: str, of: str = "grouped") -> Edit:
+    return lambda model: node_of(model, of).input.__setitem__(index, name)
 
 
 def as_bfloat16_nan(model: onnx.ModelProto) -> None:
@@ -419,6 +419,14 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "too few inputs": (
         lambda m: node_of(m).input.pop(),
         f"grouped: siman.BinaryConv2d of 5 inputs; expected {OP_NAME} of {len(INPUTS)}",
+    ),
+    "no function": (
+        lambda m: m.ClearField("functions"),
+        "grouped: the function siman.BinaryConv2d is missing or there twice; export it again",
+    ),
+    "two functions": (
+        lambda m: m.functions.append(m.functions[0]),
+        "grouped: the function siman.BinaryConv2d is missing or there twice",
     ),
     "another operator of ours": (of_another_operator, "grouped: siman.Shell of 6 inputs; expected BinaryConv2d of 6"),
     "a newer format": (metadata(lambda v: v.update(format=2)), "format 2, this siman reads up to 1: upgrade siman"),

@@ -29,8 +29,12 @@ from siman_convert.frozen import freeze
 from siman_convert.layers import SiMaNConv2d
 from siman_convert.onnx_export import build_onnx
 from siman_convert.onnx_int8 import quantize_rest
+from siman_convert.onnx_int8_conv import Range, quantized_conv
+from siman_convert.onnx_int8_plan import Quantization, read_quantization
 from siman_convert.onnx_op import DOMAIN, OP_NAME, function_body
+from siman_convert.onnx_quantized_op import QUANTIZED_OP, quantized_body
 from siman_convert.plans import make_plan
+from siman_convert.runtime.reference import evaluator
 from siman_convert.surgery import apply_plan
 
 CORRELATION, AGREEMENT = 0.99, 0.95
@@ -109,14 +113,15 @@ def digit_images(which):
 
 @functools.cache
 def _timm_int8_bytes():
-    return quantize_rest(timm_model(), [digit_images(slice(0, 64)), digit_images(slice(64, 128))]).SerializeToString()
+    images = [digit_images(slice(0, 64)), digit_images(slice(64, 128))]
+    return quantize_rest(timm_model(), images)[0].SerializeToString()
 
 
 def pair(which):
     """A model and its int8 form."""
     if which == "timm":
         return timm_model(), onnx.load_from_string(_timm_int8_bytes())
-    return small_model(), quantize_rest(small_model(), small_batches())
+    return small_model(), quantize_rest(small_model(), small_batches())[0]
 
 
 def run(model, images, level=ort.GraphOptimizationLevel.ORT_ENABLE_ALL):
@@ -130,30 +135,109 @@ def binary(model):
     return [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP_NAME)]
 
 
+def initializers(model):
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
+def named(model, name):
+    (node,) = (node for node in model.graph.node if node.name == name)
+    return node
+
+
+def attributes(node):
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def quantized(model):
+    return [node for node in model.graph.node if node.op_type == QUANTIZED_OP]
+
+
 both = pytest.mark.parametrize("which", ["small", "timm"])
 
 
+def test_what_becomes_of_which_node():
+    expected = Quantization(("side", "deep", "deeper"), ("deep",), {"wide": "2 groups"}, ("fc",), 140)
+    assert quantize_rest(small_model(), small_batches())[1] == expected
+    assert read_quantization(pair("small")[1].graph) == expected
+    assert read_quantization(small_model().graph) == Quantization((), (), {}, (), 0)
+    before, after = pair("timm")
+    convs = [node.name for node in before.graph.node if node.op_type == "Conv"]
+    assert len(convs) > 3
+    found = read_quantization(after.graph)
+    assert (list(found.convolutions), found.weights_only, found.classifiers) == (convs, {}, ("fc",))
+
+
 @both
-def test_every_conv_and_gemm_weight_is_int8_and_no_float_copy_is_left(which):
+def test_convolutions_have_all_eight_bits_and_what_belongs_to_them(which):
+    """Weights within half a step of the float ones, the scale their step times the inputs', the bias as it was."""
     before, after = pair(which)
-    stored = {tensor.name: tensor for tensor in after.graph.initializer}
-    sources = {node.output[0]: node.input for node in after.graph.node if node.op_type == "DequantizeLinear"}
-    weights = {node.name: node.input[1] for node in before.graph.node if node.op_type in ("Conv", "Gemm")}
-    assert (
-        len(weights) == {"small": 5, "timm": sum(n.op_type in ("Conv", "Gemm") for n in before.graph.node)}[which] > 1
-    )
-    for node in after.graph.node:
+    stored, floats = initializers(after), initializers(before)
+    assert quantized(after)
+    for node in quantized(after):
+        W, scale, bias, slope = (stored[name] for name in node.input[1:])
+        conv = named(before, node.name)
+        weight, values = floats[conv.input[1]], attributes(node)
+        assert W.dtype == np.int8
+        assert (np.abs(W.astype(int)).reshape(len(W), -1).max(axis=1) == 127).all()
+        step = np.abs(weight).reshape(len(W), -1).max(axis=1) / np.float32(127)
+        assert np.abs(W - weight / step.reshape(-1, 1, 1, 1)).max() < 0.5001
+        np.testing.assert_array_equal(scale, np.float32(values["x_scale"]) * step)
+        np.testing.assert_array_equal(bias, floats[conv.input[2]] if len(conv.input) > 2 else 0 * scale)
+        assert slope.shape == scale.shape
+        assert set(slope) <= {0, 1}
+        assert (values["strides"], values["pads"]) == (
+            attributes(conv).get("strides", [1, 1]),
+            attributes(conv).get("pads", [0] * 4),
+        )
+
+
+def test_classifiers_keep_to_seven_bits():
+    for _, after in (pair("small"), pair("timm")):
+        stored = initializers(after)
+        sources = {node.output[0]: node.input for node in after.graph.node if node.op_type == "DequantizeLinear"}
+        weight, scale, zero_point = (stored[name] for name in sources[named(after, "fc").input[1]])
+        assert weight.dtype == np.int8
+        assert scale.shape == weight.shape[:1]
+        assert not zero_point.any()
+        assert 60 <= np.abs(weight.astype(int)).max() <= 64
+        (quantizer,) = [node for node in after.graph.node if node.op_type == "QuantizeLinear"]
+        assert stored[quantizer.input[2]].dtype == np.uint8
+
+
+@both
+def test_no_float_copy_of_a_weight_is_left(which):
+    before, after = pair(which)
+    stored = initializers(after)
+    read = {name for node in after.graph.node for name in node.input}
+    assert stored.keys() <= read
+    for node in before.graph.node:
         if node.op_type in ("Conv", "Gemm"):
-            weight, scale, zero_point = (stored[name] for name in sources[node.input[1]])
-            assert weight.data_type == onnx.TensorProto.INT8
-            assert scale.dims == weight.dims[:1]
-            assert not numpy_helper.to_array(zero_point).any()
-            values = numpy_helper.to_array(weight)
-            assert 60 <= np.abs(values.astype(int)).max() <= 64  # 7 bits
-            assert weights.pop(node.name) not in stored
-    assert not weights
-    zero_points = [stored[node.input[2]] for node in after.graph.node if node.op_type == "QuantizeLinear"]
-    assert {tensor.data_type for tensor in zero_points} == {onnx.TensorProto.UINT8}
+            assert node.input[1] not in stored
+    assert sum(array.nbytes for array in stored.values() if array.ndim > 1 and array.dtype == np.float32) < 64
+
+
+def test_ranges_are_the_least_and_largest_values_of_the_images_and_hold_zero():
+    """Of the input of every convolution, as the float network computes it."""
+    before, after = pair("small")
+    tapped = onnx.ModelProto.FromString(before.SerializeToString())
+    names = [node.input[0] for node in quantized(after)]
+    assert names == ["h", "r", "rr"]
+    for name in names:
+        tapped.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None))
+    read = [ort_outputs(tapped, images, names) for images in small_batches()]
+    for index, node in enumerate(quantized(after)):
+        values = np.concatenate([batch[index] for batch in read])
+        low, high = min(0.0, values.min()), max(0.0, values.max())
+        assert attributes(node)["x_scale"] == pytest.approx((high - low) / 255, rel=1e-6)
+        assert attributes(node)["x_zero_point"] == round(-255 * low / (high - low))
+    zero_points = {attributes(node)["x_zero_point"] for node in quantized(after)}
+    assert 0 in zero_points  # behind a Relu
+    assert len(zero_points) > 1
+
+
+def ort_outputs(model, images, names):
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(names, {"image": images})
 
 
 @both
@@ -161,33 +245,147 @@ def test_nothing_else_of_the_graph_changes(which):
     before, after = pair(which)
     assert binary(after) == binary(before)
     assert binary(after)
-    assert list(after.functions) == list(before.functions)
+    assert list(after.functions) == [*before.functions, quantized_body(20)]
     assert list(after.opset_import) == list(before.opset_import)
     assert (after.ir_version, after.producer_name) == (before.ir_version, before.producer_name)
     assert list(after.graph.input) == list(before.graph.input)
     assert list(after.graph.output) == list(before.graph.output)
-    kept = [node for node in after.graph.node if node.op_type not in QDQ]
-    assert [node.name for node in kept] == [node.name for node in before.graph.node]
+    plan = read_quantization(after.graph)
+    folded = {named(after, name).output[0] for name in plan.relus}
+    assert len(folded) == 1
+    added = [node.name for node in after.graph.node if node.op_type in QDQ or node.name.startswith("wide_weight/")]
+    kept = [node for node in after.graph.node if node.name not in added]
+    old = [node for node in before.graph.node if node.op_type != "Relu" or node.output[0] not in folded]
+    assert [node.name for node in kept] == [node.name for node in old]
     assert not any(node.doc_string or node.metadata_props for node in after.graph.node)
-    for old, new in zip(before.graph.node, kept, strict=True):
-        assert old == new or new.op_type in ("Conv", "Gemm")
+    for one, other in zip(old, kept, strict=True):
+        assert one == other or other.name in plan.names
+    known = {name for node in after.graph.node for name in (*node.input, *node.output)}
+    assert {value.name for value in after.graph.value_info} <= known
 
 
 @both
-def test_only_conv_and_gemm_read_dequantized_values(which):
+def test_only_classifiers_read_dequantized_values(which):
     _, after = pair(which)
     dequantized = {node.output[0] for node in after.graph.node if node.op_type == "DequantizeLinear"}
-    readers = {node.op_type for node in after.graph.node if dequantized & set(node.input)}
-    assert readers == {"Conv", "Gemm"}
+    assert {node.op_type for node in after.graph.node if dequantized & set(node.input)} == {"Gemm"}
     assert not dequantized & {value.name for value in after.graph.output}
 
 
-def test_a_tensor_that_both_a_conv_and_a_binary_node_read_reaches_the_binary_node_as_it_is():
+def test_a_tensor_that_both_a_conv_and_a_binary_node_read_reaches_both_as_it_is():
     _, after = pair("small")
     (node,) = binary(after)
     assert (node.input[0], node.input[4]) == ("h", "side")
-    quantized = [n.input[0] for n in after.graph.node if n.op_type == "QuantizeLinear"]
-    assert quantized == ["image", "h", "r", "rr", "flat"]
+    assert named(after, "side").input[0] == "h"
+    assert [n.input[0] for n in after.graph.node if n.op_type == "QuantizeLinear"] == ["flat"]
+
+
+CONV = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[N, 2, 6, 6] x) => (float[N, 2, 6, 6] y{more}) {{
+  a = Conv (x, w)
+  r = Relu (a)
+  {last}
+}}"""
+
+
+@pytest.mark.parametrize(
+    ("last", "more", "folded"),
+    [
+        ("y = Neg (r)", "", True),
+        ("y = Add (r, a)", "", False),
+        ("y = Neg (r)", ", float[N, 2, 6, 6] a", False),
+        ("y = Neg (r)", ", float[N, 2, 6, 6] r", True),
+    ],
+)
+def test_a_relu_is_folded_in_where_it_alone_reads_the_convolution(last, more, folded):
+    model = parser.parse_model(CONV.format(last=last, more=more))
+    model.graph.node[0].name = "a"
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((2, 2, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    images = rng.standard_normal((4, 2, 6, 6)).astype(np.float32)
+    after, found = quantize_rest(model, [images])
+    onnx.checker.check_model(after, full_check=True)
+    assert found.relus == (("a",) if folded else ())
+    assert ("Relu" in [node.op_type for node in after.graph.node]) != folded
+    assert {opset.domain: opset.version for opset in after.opset_import} == {"": 20, DOMAIN: 1}
+    np.testing.assert_allclose(run(after, images), run(model, images), atol=0.05)
+
+
+NOT_QUANTIZED = {
+    "groups": ("<group = 2>", (4, 2, 1, 1), "2 groups"),
+    "dilation": ("<dilations = [1, 2]>", (4, 4, 1, 2), "dilation"),
+    "padding": ('<auto_pad = "SAME_UPPER">', (4, 4, 2, 2), "padding that depends on the image"),
+    "518": ("", (4, 518, 1, 1), None),
+    "519": ("", (4, 519, 1, 1), "519 products an output, more than 518"),
+    "7x7x11": ("", (4, 11, 7, 7), "539 products an output, more than 518"),
+    "1-d": ("", (4, 4, 1), "a convolution of 1 dimensions"),
+    "plain": ('<group = 1, dilations = [1, 1], auto_pad = "NOTSET">', (4, 4, 3, 2), None),
+}
+
+
+@pytest.mark.parametrize("case", NOT_QUANTIZED)
+def test_what_the_operator_cannot_do_computes_in_float(case, tmp_path):
+    options, shape, reason = NOT_QUANTIZED[case]
+    size = ", ".join(["8"] * (len(shape) - 2))
+    channels = shape[1] * (2 if case == "groups" else 1)
+    out = ", ".join("ab"[: len(shape) - 2])
+    model = parser.parse_model(f"""<ir_version: 10, opset_import: ["" : 20]>
+        g (float[N, {channels}, {size}] x) => (float[N, 4, {out}] y) {{ y = Conv {options} (x, w) }}""")
+    model.graph.node[0].name = "conv"
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal(shape).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    images = rng.standard_normal((2, channels, *[8] * (len(shape) - 2))).astype(np.float32)
+    after, found = quantize_rest(model, [images])
+    assert found.weights_only == ({} if reason is None else {"conv": reason})
+    assert found.convolutions == (("conv",) if reason is None else ())
+    expected = run(model, images)
+    assert np.abs(run(after, images) - expected).max() < 0.02 * np.abs(expected).max()
+    if reason is not None:
+        assert not after.functions
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        ort.InferenceSession(after.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+        assert "Conv" in kinds
+        assert not {"Cast", "Mul", *QDQ} & set(kinds)  # folded: the time of float weights
+
+
+def test_a_filter_of_zeros_and_convolutions_that_share_a_weight():
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+    g (float[N, 2, 6, 6] x) => (float[N, 2, 6, 6] y) { h = Conv (x, w)
+      y = Conv (h, w) }"""
+    model = parser.parse_model(text)
+    for node, name in zip(model.graph.node, ("one", "two"), strict=True):
+        node.name = name
+    weight = np.array([[1, -0.5], [0, 0]], np.float32).reshape(2, 2, 1, 1)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    images = np.random.default_rng(0).standard_normal((4, 2, 6, 6)).astype(np.float32)
+    after, found = quantize_rest(model, [images])
+    assert found.weights == 4
+    one, two = quantized(after)
+    assert one.input[1] == two.input[1]
+    assert one.input[2] != two.input[2]
+    np.testing.assert_array_equal(initializers(after)[one.input[1]].reshape(2, 2), [[127, -64], [0, 0]])
+    assert attributes(one)["x_scale"] != attributes(two)["x_scale"]
+    found = run(after, images)
+    np.testing.assert_allclose(found, run(model, images), atol=0.05)
+    assert not found[:, 1].any()
+
+
+def test_the_reference_computes_what_onnx_runtime_does():
+    """Exactly, as far as our operators go; the classifier's input may round to a neighbouring code."""
+    _, after = pair("small")
+    images = small_batches()[1]
+    expected = evaluator(after).run(None, {"image": images})[0]
+    np.testing.assert_allclose(run(after, images), expected, atol=0.02 * np.abs(expected).max())
+
+
+def test_inputs_too_large_for_float32_are_an_error():
+    conv = onnx.helper.make_node("Conv", ["x", "w"], ["y"], name="stem")
+    with pytest.raises(SimanError, match="--int8: stem: its inputs, 1.0e\\+38 a step, are too large to be quantized"):
+        quantized_conv(conv, None, np.full((1, 1, 1, 1), 1e4, np.float32), Range(np.float32(1e38), 0))
 
 
 @both
@@ -204,7 +402,7 @@ def test_a_trained_model_keeps_its_accuracy():
     digits = load_digits()
     images = (digits.images[:, None] / 8 - 1).astype(np.float32)
     before, held_out, labels = trained(images, digits.target), images[1400:], digits.target[1400:]
-    after = quantize_rest(before, [images[:100], images[100:200]])
+    after, _ = quantize_rest(before, [images[:100], images[100:200]])
     expected, found = run(before, held_out), run(after, held_out)
     assert len(binary(after)) == 1
     assert np.abs(found - expected).max() > 1e-3  # or nothing was quantized
@@ -252,7 +450,7 @@ def test_no_integer_kernel_saturates():
     rng = np.random.default_rng(0)
     model.graph.initializer.append(numpy_helper.from_array(rng.uniform(0.8, 1, (8, 64)).astype(np.float32), "w"))
     images = rng.uniform(0.8, 1, (4, 64)).astype(np.float32)
-    assert np.abs(run(quantize_rest(model, [images]), images) / run(model, images) - 1).max() < 0.02
+    assert np.abs(run(quantize_rest(model, [images])[0], images) / run(model, images) - 1).max() < 0.02
 
 
 def test_the_same_bytes_in_a_fresh_process(tmp_path):
@@ -260,7 +458,7 @@ def test_the_same_bytes_in_a_fresh_process(tmp_path):
     np.savez(tmp_path / "batches.npz", *small_batches())
     code = (
         "import hashlib, numpy as np, onnx; from siman_convert.onnx_int8 import quantize_rest;"
-        "int8 = quantize_rest(onnx.load('model.onnx'), np.load('batches.npz').values());"
+        "int8, _ = quantize_rest(onnx.load('model.onnx'), np.load('batches.npz').values());"
         "print(hashlib.sha256(int8.SerializeToString()).hexdigest())"
     )
     for seed in ("1", "2"):
@@ -298,9 +496,9 @@ def test_nothing_is_printed_logged_or_changed(capfd, caplog, monkeypatch):
 
 
 def test_a_model_without_float_weights_is_refused():
-    model, quantized = pair("small")
+    model, done = pair("small")
     with pytest.raises(InputError, match="--int8: nothing to quantize"):
-        quantize_rest(quantized, small_batches())
+        quantize_rest(done, small_batches())
     with pytest.raises(InputError, match="at least one batch"):
         quantize_rest(model, [])
 
@@ -342,35 +540,44 @@ def newer(model):
     return model
 
 
-def shared_bias(model):
-    """A node that is not quantized reads what a DequantizeLinear writes."""
-    (dequantized,) = [node.output[0] for node in model.graph.node if node.output[0] == "wide_bias"]
+def with_another_relu(model):
     (relu,) = [node for node in model.graph.node if node.name == "Relu_3"]
-    relu.input[0] = dequantized
+    relu.input[0] = "side"
     return model
 
 
+@pytest.mark.parametrize("spoil", [onnx.inliner.inline_local_functions, without_functions, with_another_relu])
+def test_what_else_quantize_static_does_to_the_graph_does_not_matter(monkeypatch, spoil):
+    expected = pair("small")[1]
+    spoiled(monkeypatch, spoil)
+    assert quantize_rest(small_model(), small_batches())[0] == expected
+
+
+def test_other_operator_sets_are_an_error(monkeypatch):
+    spoiled(monkeypatch, newer)
+    with pytest.raises(SimanError, match="changed the model's operator sets to .*21"):
+        quantize_rest(small_model(), small_batches())
+
+
 @pytest.mark.parametrize(
-    ("spoil", "message"),
+    ("left_out", "message"),
     [
-        (onnx.inliner.inline_local_functions, "expected 1 siman.BinaryConv2d nodes, got 0; differing: BinaryConv2d_2"),
-        (without_functions, "changed the model's functions"),
-        (newer, "changed the model's operator sets to .*21"),
-        (shared_bias, "changed nodes that are not to be quantized: Relu_3"),
+        ("fc", "int8 weights in every Conv and Gemm, these kept theirs: fc$"),
+        ("deep", "quantize_static gave no range for r, which deep reads$"),
     ],
 )
-def test_a_result_that_is_not_as_promised_is_an_error(monkeypatch, spoil, message):
-    spoiled(monkeypatch, spoil)
+def test_a_node_that_quantize_static_leaves_out_is_an_error(monkeypatch, left_out, message):
+    original = onnx_int8.quantize_static
+    names = sorted({"side", "deep", "deeper", "fc"} - {left_out})
+    partly = lambda *files, **options: original(*files, **{**options, "nodes_to_quantize": names})  # noqa: E731
+    monkeypatch.setattr(onnx_int8, "quantize_static", partly)
     with pytest.raises(SimanError, match=message):
         quantize_rest(small_model(), small_batches())
 
 
-def test_a_weight_left_in_float_is_an_error(monkeypatch):
-    original = onnx_int8.quantize_static
-    names = ["side", "deep", "deeper", "fc"]
-    partly = lambda *files, **options: original(*files, **{**options, "nodes_to_quantize": names})  # noqa: E731
-    monkeypatch.setattr(onnx_int8, "quantize_static", partly)
-    with pytest.raises(SimanError, match="int8 weights in every Conv and Gemm, these kept theirs: wide$"):
+def test_a_relu_that_is_not_folded_as_planned_is_an_error(monkeypatch):
+    monkeypatch.setattr(onnx_int8, "lone_relu", lambda *_: None)
+    with pytest.raises(SimanError, match=r"--int8: expected Quantization\(.*relus=\('deep',\).*got .*relus=\(\)"):
         quantize_rest(small_model(), small_batches())
 
 
@@ -383,10 +590,29 @@ def test_a_gemm_with_a_beta_is_an_error():
         quantize_rest(model, small_batches())
 
 
-def test_a_bias_that_a_binary_node_shares_is_an_error():
+def sharing_a_bias(name, index):
+    """The small model, of four classes: that node reads the classifier's bias."""
+    model, rng = small_model(), np.random.default_rng(4)
+    node = named(model, name)
+    node.input[index:] = ["fc_bias", *node.input[index + 1 :]]
+    for shape, tensor in (((4,), "fc_bias"), ((4, 4), "fc_weight")):
+        (old,) = [one for one in model.graph.initializer if one.name == tensor]
+        old.CopyFrom(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), tensor))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 4
+    return model
+
+
+@pytest.mark.parametrize(("name", "index"), [("BinaryConv2d_2", 3), ("wide", 2)])
+def test_a_bias_that_another_node_shares_with_a_classifier_is_an_error(name, index):
     """It would be read dequantized."""
-    model = small_model()
-    (node,) = binary(model)
-    node.input[3] = "wide_bias"
-    with pytest.raises(SimanError, match="more than a Conv or Gemm reads wide_bias"):
-        quantize_rest(model, small_batches())
+    with pytest.raises(SimanError, match="more than a Gemm reads fc_bias"):
+        quantize_rest(sharing_a_bias(name, index), small_batches())
+
+
+def test_a_bias_that_a_quantized_convolution_shares_with_a_classifier_stays_as_it_is():
+    before = sharing_a_bias("deep", 2)
+    after, _ = quantize_rest(before, small_batches())
+    assert named(after, "deep").input[3] == "fc_bias"
+    np.testing.assert_array_equal(initializers(after)["fc_bias"], initializers(before)["fc_bias"])
+    expected = run(before, small_batches()[0])
+    assert np.abs(run(after, small_batches()[0]) - expected).max() < 0.1 * np.abs(expected).max()

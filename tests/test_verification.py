@@ -25,6 +25,7 @@ from siman_convert.description import description_of
 from siman_convert.layers import exact_mean
 from siman_convert.onnx_file import parse_onnx, read_onnx, seal
 from siman_convert.onnx_op import ATTRIBUTES, DOMAIN, INPUTS, VERSION, function_body
+from siman_convert.onnx_quantized_op import QUANTIZED_OP
 from siman_convert.operator_check import OperatorCheck, check_operators
 from siman_convert.packed import save_packed
 from siman_convert.runtime import native
@@ -291,7 +292,67 @@ def test_a_function_that_is_missing_is_one_line(
     captured = capsys.readouterr()
     (line,) = captured.err.splitlines()
     assert line.startswith("siman: ")
-    assert "ONNX Runtime cannot open the graph" in line
+    assert line.endswith("conv1.3: the function siman.BinaryConv2d is missing or there twice; export it again")
+
+
+# Operators of 8 bits
+
+
+@pytest.fixture(scope="module")
+def int8(life: Life, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    (path,) = export(life.run.folder, int8=True, images=4, output=tmp_path_factory.mktemp("int8")).files
+    return path
+
+
+def eight_bit(found: Verification) -> list[OperatorCheck]:
+    return [check for check in found.operators if check.operator == QUANTIZED_OP]
+
+
+def test_operators_of_8_bits_are_compared_in_all_that_runs_them(int8: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch does not."""
+    found = only(verify(int8, data="digits"))
+    assert found.failures == []
+    checks = eight_bit(found)
+    assert [check.layer for check in checks] == ["conv1.0", *(f"layer{n}.0.downsample.1" for n in (2, 3, 4))]
+    different = {backend: 0 for backend in NONE_DIFFERENT if backend != "torch"}
+    assert all((check.different, check.neighbouring) == (different, different) for check in checks)
+    assert checks[0].outputs == 2 * 16 * 16 * 16
+    assert siman(["verify", str(int8), "--data", "digits"]) == 0
+    out = capsys.readouterr().out
+    outputs = sum(check.outputs for check in checks)
+    assert f"4 of 4 8-bit operators equal in {', '.join(different)} and reference ({outputs:,} outputs)" in out
+    assert f"11 of 11 operators equal in {', '.join(NONE_DIFFERENT)} and reference" in out
+
+
+def change_the_second_function(old: str, new: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        text = onnx.printer.to_text(model.functions[1])
+        assert text.count(old) == 1, text
+        model.functions[1].CopyFrom(onnx.parser.parse_function(text.replace(old, new)))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("Round (steps)", "Floor (steps)"), ("Min (d_from_lo, hi)", "Identity (d_from_lo)"), ("Add (scaled,", "Sub (scaled,")],
+)  # fmt: skip
+def test_a_changed_8_bit_function_is_found(int8: Path, old: str, new: str, tmp_path: Path) -> None:
+    path = tamper(int8, change_the_second_function(old, new), tmp_path / "model.onnx")
+    if "Min" in old:  # what lies beyond the range of the calibration images
+        halve_the_steps = lambda model: set_x_scale(model, 0.5)  # noqa: E731
+        tamper(path, halve_the_steps)
+    found = only(verify(path, data="digits"))
+    assert found.failures[0].startswith("conv1.0: onnxruntime differs from the reference in ")
+    assert all(not any(check.different.values()) for check in found.operators if check.operator != QUANTIZED_OP)
+    assert any(check.different["onnxruntime"] for check in eight_bit(found))
+
+
+def set_x_scale(model: onnx.ModelProto, factor: float) -> None:
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "x_scale":
+                attribute.f *= factor
 
 
 # Differences that are none

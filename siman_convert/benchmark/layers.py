@@ -25,9 +25,10 @@ import onnxruntime
 
 from siman_convert.benchmark.contestants import Contestant, Images, open_quiet_session
 from siman_convert.onnx_op import DOMAIN, OP_NAME
+from siman_convert.onnx_quantized_op import QUANTIZED_OP
 
 MIN_RUNS, MAX_RUNS = 10, 1000
-Kind = Literal["binary", "convolution", "other"]
+Kind = Literal["binary", "8-bit", "convolution", "other"]
 Shape = tuple[int, ...]
 _KERNEL = "_kernel_time"
 _ADDED = re.compile(r"(_nchwc|_token_\d+|_quant|_dq)+$")  # what ONNX Runtime's optimizer appends to names
@@ -35,9 +36,10 @@ _ADDED = re.compile(r"(_nchwc|_token_\d+|_quant|_dq)+$")  # what ONNX Runtime's 
 
 @dataclass(frozen=True)
 class Layer:
-    """One row. A binary convolution or another convolution by its name; other operators by type, `count` of them.
+    """One row. A binary, 8-bit or other convolution by its name; other operators by type, `count` of them.
 
     share: of the time of all operators, 0 to 1. macs: 1-bit ones, of the batch; 0 for all but binary convolutions.
+    8-bit: siman.QuantizedConv2d in our kernel; elsewhere it is ordinary operators.
     """
 
     name: str
@@ -145,6 +147,8 @@ def layer_rows(operators: list[Operator], graph: onnx.GraphProto) -> tuple[Layer
         shape, time = operator.output_shape, operator.microseconds
         if operator.type == OP_NAME and operator.name in taps:
             rows.append(Layer(operator.name, "binary", 1, shape, time, share, prod(shape) * taps[operator.name]))
+        elif operator.type == QUANTIZED_OP:
+            rows.append(Layer(operator.name, "8-bit", 1, shape, time, share, 0))
         elif "Conv" in operator.type and (name := source_name(operator.name, graph)):
             rows.append(Layer(name, "convolution", 1, shape, time, share, 0))
         else:

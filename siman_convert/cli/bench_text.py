@@ -165,9 +165,9 @@ def _layer_table(layers: LayerTimes, width: int) -> Table:
 
 def _layer_cells(layer: Layer, layers: LayerTimes) -> tuple[str, ...]:
     of_ceiling = layers.ceiling_share(layer)
-    several = f" ({layer.count})" if layer.count > 1 else ""
+    more = f" ({layer.count})" if layer.count > 1 else " (8-bit)" if layer.kind == "8-bit" else ""
     return (
-        escape(f"{layer.name or '(unnamed)'}{several}"),
+        escape(f"{layer.name or '(unnamed)'}{more}"),
         "x".join(map(str, layer.output_shape[1:])) if layer.output_shape else "",
         f"{layer.microseconds:,.0f} us",
         f"{layer.share:.1%}",

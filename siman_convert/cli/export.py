@@ -72,6 +72,7 @@ def export(
 
 
 def _print(exported: Exported) -> None:
+    from siman_convert.cli.int8_text import quantization_lines
     from siman_convert.cli.snippet import snippet
     from siman_convert.cli.verification_text import summary_lines
 
@@ -79,6 +80,9 @@ def _print(exported: Exported) -> None:
     print(f"folded    {_folded(folding)}")
     for refusal in folding.refused:
         print(f"kept      {refusal.node} behind {refusal.layer}: {refusal.reason}")
+    if exported.quantization is not None:
+        for line in quantization_lines(exported.quantization):
+            print(line)
     also = ", before float16" if exported.description.half else ", before int8" if exported.variant.int8 else ""
     smaller = costs.bytes_before / max(1, costs.bytes_after)
     sizes = f"{costs.bytes_before:,} -> {costs.bytes_after:,} bytes, {smaller:.1f} times smaller"
@@ -118,6 +122,7 @@ def _record(exported: Exported) -> dict[str, Any]:
             "folded": dict(sorted(folding.folded.items())),
             "refused": [refusal._asdict() for refusal in folding.refused],
         },
+        "quantization": asdict(exported.quantization) if exported.quantization else None,
         "half": exported.description.half,
         **asdict(exported.variant),
         "accuracy": asdict(exported.description.accuracy) if exported.description.accuracy else None,

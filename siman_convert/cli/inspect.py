@@ -1,5 +1,6 @@
 """`siman inspect`: the plan of a model, a run or an exported file, and what it costs."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ def inspect(
     """Show what becomes binary, why, and what it saves."""
     from rich.console import Console
 
+    from siman_convert.cli.int8_text import quantization_lines
     from siman_convert.cli.plan_table import inspect_record, render_plan
     from siman_convert.errors import InputError
     from siman_convert.inspection import inspect_file, inspect_model, inspect_run
@@ -28,13 +30,16 @@ def inspect(
     planned = run is not None or is_file(model)
     if planned and (keep or binarize or num_classes):
         raise InputError(f"{model} has its plan already; --keep, --binarize and --num-classes are for models")
+    quantization = None
     if run is not None:
         plan, costs = inspect_run(run)
     elif is_file(model):
-        plan, costs = inspect_file(Path(model))
+        plan, costs, quantization = inspect_file(Path(model))
     else:
         plan, costs = inspect_model(model, num_classes, keep=keep, binarize=binarize)
     if as_json:
-        print_json(inspect_record(plan, costs))
+        print_json(inspect_record(plan, costs) | {"int8": asdict(quantization) if quantization else None})
     else:
         render_plan(Console(), plan, costs)
+        for line in quantization_lines(quantization) if quantization else ():
+            print(line)

@@ -6,22 +6,30 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+from siman_convert.onnx_op import OP_NAME
+from siman_convert.operator_check import OperatorCheck
 from siman_convert.verification import NEAR, LayerFlips, ModelCheck, Verification
 
 
 def summary_lines(found: Verification) -> Iterator[str]:
-    """One line for the operators, one for each pair of backends, one for preprocessing."""
-    operators = found.operators
+    """One line for each kind of operator, one for each pair of backends, one for preprocessing."""
+    binary = [check for check in found.operators if check.operator == OP_NAME]
+    yield _operators_line("operators", binary)
+    if quantized := [check for check in found.operators if check.operator != OP_NAME]:
+        yield _operators_line("8-bit operators", quantized)
+    for check in found.models:
+        yield _model_line(check)
+    if found.pixels is not None:
+        yield f"preprocessing in the graph: pixels within {found.pixels:.2f} of 255 of evaluation's"
+
+
+def _operators_line(name: str, operators: list[OperatorCheck]) -> str:
     equal = sum(not any(check.different.values()) for check in operators)
     outputs = sum(check.outputs for check in operators)
     beside = sum(sum(check.neighbouring.values()) for check in operators)
     rounded = f"; {beside:,} beside a mean that rounds differently" if beside else ""
     backends = ", ".join(operators[0].different) if operators else "no backend"
-    yield f"{equal} of {len(operators)} operators equal in {backends} and reference ({outputs:,} outputs{rounded})"
-    for check in found.models:
-        yield _model_line(check)
-    if found.pixels is not None:
-        yield f"preprocessing in the graph: pixels within {found.pixels:.2f} of 255 of evaluation's"
+    return f"{equal} of {len(operators)} {name} equal in {backends} and reference ({outputs:,} outputs{rounded})"
 
 
 def _model_line(check: ModelCheck) -> str:

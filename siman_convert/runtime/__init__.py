@@ -1,1 +1,1 @@
-"""What runs a siman.BinaryConv2d node: the numpy reference, the native library, stock ONNX Runtime."""
+"""What runs the nodes of our operators: the numpy reference, the native library, stock ONNX Runtime."""

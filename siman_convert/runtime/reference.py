@@ -1,4 +1,6 @@
-"""The specification of siman.BinaryConv2d: numpy, bits and population counts, readable before fast.
+"""The specification of siman.BinaryConv2d and siman.QuantizedConv2d: numpy, readable before fast.
+
+siman.BinaryConv2d, with bits and population counts:
 
     m = center ? float32(mean over C,H,W of X in float64) : 0;   xb = X >= m ? +1 : -1
     acc = integer convolution of xb with the +-1 weights, out-of-image taps contribute 0
@@ -16,6 +18,9 @@ Corners, the same in every runtime:
   * n = channels*kH*kW is at most 2^24, so that acc is exact in float32.
   * scale, bias, residual and slope may hold anything; files with such values are refused where files are read.
   * a batch of 0 gives a batch of 0; every other dimension is at least 1.
+
+siman.QuantizedConv2d, with integers; `onnx_quantized_op` gives the formula and the range of acc. NaN in X becomes -x_zero_point,
+infinities clip; the last three corners above hold here too.
 """
 
 from __future__ import annotations
@@ -36,13 +41,15 @@ from onnx.reference.op_run import OpRun
 from siman_convert.bits import check_packed
 from siman_convert.errors import InputError
 from siman_convert.onnx_op import DOMAIN, OP_NAME, VERSION, output_size
+from siman_convert.onnx_quantized_op import MAX_CODE, MAX_TAPS, MAX_WEIGHT, QUANTIZED_OP
 
 Floats = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
+Int8s = npt.NDArray[np.int8]
 
 BLOCK = 4096  # elements of a sample that are summed together
 LANES = 32  # partial sums of a block
-MAX_TAPS = 2**24  # integers up to here are exact in float32
+MAX_BINARY_TAPS = 2**24  # integers up to here are exact in float32
 MAX_ELEMENTS = 2**31 - 1  # of X, W or Y, and the largest stride, pad or dilation
 
 
@@ -72,16 +79,13 @@ def binary_conv2d(
     center: int,
 ) -> Floats:
     """Y (N, O, Ho, Wo) from X (N, C, H, W), W (O, kH, kW, B) and per-filter scale, bias, slope (O,)."""
-    inputs = {"X": X, "W": W, "scale": scale, "bias": bias, "residual": residual, "slope": slope}
-    for name, value in inputs.items():
-        if not isinstance(value, np.ndarray):
-            raise InputError(f"{OP_NAME}: {name} must be a numpy array, got {type(value).__name__}")
+    _check_arrays(OP_NAME, X=X, W=W, scale=scale, bias=bias, residual=residual, slope=slope)
     check_attributes(channels, strides, pads, dilations, group, center)
     geometry = Geometry(channels, strides, pads, dilations, group)
     out_shape = _out_shape(X, W, geometry)
     for name, vector in (("scale", scale), ("bias", bias), ("slope", slope)):
-        _check_float(name, vector, [out_shape[1:2]])
-    _check_float("residual", residual, [out_shape, (1, 1, 1, 1)])
+        _check_float(OP_NAME, name, vector, [out_shape[1:2]])
+    _check_float(OP_NAME, "residual", residual, [out_shape, (1, 1, 1, 1)])
 
     m = sample_mean(X) if center else np.zeros((1, 1, 1, 1), np.float32)
     acc = _integer_conv(np.greater_equal(X, m), W, out_shape, geometry)
@@ -91,6 +95,57 @@ def binary_conv2d(
         v = v + bias.reshape(per_filter)
         v = v + residual
         return np.where(v >= 0, v, slope.reshape(per_filter) * v)
+
+
+def quantized_conv2d(
+    X: Floats,
+    W: Int8s,
+    scale: Floats,
+    bias: Floats,
+    slope: Floats,
+    *,
+    strides: Sequence[int],
+    pads: Sequence[int],
+    x_scale: float,
+    x_zero_point: int,
+) -> Floats:
+    """Y (N, O, Ho, Wo) from X (N, C, H, W) float32, W (O, C, kH, kW) int8 and per-filter float32 scale, bias, slope (O,).
+
+    Raises InputError for whatever does not fit: -128 in W, more than MAX_TAPS products, an x_scale that is 0 in float32.
+    """
+    _check_arrays(QUANTIZED_OP, X=X, W=W, scale=scale, bias=bias, slope=slope)
+    check_quantized_attributes(strides, pads, x_scale, x_zero_point)
+    check_int8_weights(W)
+    filters, channels, *kernel = W.shape
+    out_shape = _output_shape(QUANTIZED_OP, X, channels, filters, kernel, strides, pads, [1, 1])
+    for name, vector in (("scale", scale), ("bias", bias), ("slope", slope)):
+        _check_float(QUANTIZED_OP, name, vector, [out_shape[1:2]])
+
+    lo, hi = np.float32(-x_zero_point), np.float32(MAX_CODE - x_zero_point)
+    per_filter = (1, -1, 1, 1)
+    with np.errstate(all="ignore"):  # infinities and NaN go where IEEE 754 sends them
+        t = np.rint(X / np.float32(x_scale))
+        d = np.where(t >= lo, t, lo)
+        d = np.where(d <= hi, d, hi).astype(np.int32)
+        acc = _int8_conv(d, W, out_shape, strides, pads)
+        v = scale.reshape(per_filter) * acc.astype(np.float32)
+        v = v + bias.reshape(per_filter)
+        return np.where(v >= 0, v, slope.reshape(per_filter) * v)
+
+
+def _int8_conv(
+    d: npt.NDArray[np.int32], W: Int8s, out_shape: tuple[int, ...], strides: Sequence[int], pads: Sequence[int]
+) -> npt.NDArray[np.int32]:
+    """acc (N, O, Ho, Wo), summed tap by tap over the taps that fall inside the image."""
+    height, width = d.shape[2:]
+    acc = np.zeros(out_shape, np.int32)
+    for i, j in np.ndindex(*W.shape[2:]):
+        y = np.arange(out_shape[2]) * strides[0] - pads[0] + i
+        x = np.arange(out_shape[3]) * strides[1] - pads[1] + j
+        inside = ((y >= 0) & (y < height))[:, None] & ((x >= 0) & (x < width))  # (Ho, Wo)
+        taken = d[:, :, y.clip(0, height - 1)[:, None], x.clip(0, width - 1)] * inside  # (N, C, Ho, Wo)
+        acc += np.einsum("nchw,oc->nohw", taken, W[:, :, i, j].astype(np.int32))
+    return acc
 
 
 def sample_mean(X: Floats) -> Floats:
@@ -153,52 +208,93 @@ def _words_u64(packed: Bytes) -> npt.NDArray[np.uint64]:
 def check_attributes(
     channels: int, strides: Sequence[int], pads: Sequence[int], dilations: Sequence[int], group: int, center: int
 ) -> None:
-    """Raise InputError for attributes no operator can have."""
-    _check_ints("channels", [channels], 1, least=1)
-    _check_ints("group", [group], 1, least=1)
-    _check_ints("strides", strides, 2, least=1)
-    _check_ints("dilations", dilations, 2, least=1)
-    _check_ints("pads", pads, 4, least=0)
+    """Raise InputError for attributes no siman.BinaryConv2d can have."""
+    _check_ints(OP_NAME, "channels", [channels], 1, least=1)
+    _check_ints(OP_NAME, "group", [group], 1, least=1)
+    _check_ints(OP_NAME, "strides", strides, 2, least=1)
+    _check_ints(OP_NAME, "dilations", dilations, 2, least=1)
+    _check_ints(OP_NAME, "pads", pads, 4, least=0)
     if center not in (0, 1):
         raise InputError(f"{OP_NAME}: center must be 0 or 1, got {center}")
 
 
-def _check_ints(name: str, values: Sequence[int], count: int, least: int) -> None:
+def check_quantized_attributes(strides: Sequence[int], pads: Sequence[int], x_scale: float, x_zero_point: int) -> None:
+    """Raise InputError for attributes no siman.QuantizedConv2d can have."""
+    _check_ints(QUANTIZED_OP, "strides", strides, 2, least=1)
+    _check_ints(QUANTIZED_OP, "pads", pads, 4, least=0)
+    _check_ints(QUANTIZED_OP, "x_zero_point", [x_zero_point], 1, least=0, most=MAX_CODE)
+    with np.errstate(over="ignore"):
+        finite = isinstance(x_scale, (float, np.floating)) and 0 < np.float32(x_scale) < np.inf
+    if not finite:
+        raise InputError(f"{QUANTIZED_OP}: x_scale must be a finite float32 above 0, got {x_scale}")
+
+
+def check_int8_weights(W: Int8s) -> None:
+    """Raise InputError unless W can be the weights of a siman.QuantizedConv2d."""
+    if W.dtype != np.int8 or W.ndim != 4 or 0 in W.shape:
+        raise InputError(f"{QUANTIZED_OP}: W must be a non-empty int8 (O, C, kH, kW), got {W.dtype} {W.shape}")
+    if math.prod(W.shape[1:]) > MAX_TAPS:
+        raise InputError(f"{QUANTIZED_OP}: C*kH*kW must be at most {MAX_TAPS}, got {'*'.join(map(str, W.shape[1:]))}")
+    if W.min() < -MAX_WEIGHT:
+        raise InputError(f"{QUANTIZED_OP}: W must be -{MAX_WEIGHT} to {MAX_WEIGHT}, it holds {W.min()}")
+
+
+def _check_ints(op: str, name: str, values: Sequence[int], count: int, least: int, most: int = MAX_ELEMENTS) -> None:
     listed = list(values) if isinstance(values, (Sequence, np.ndarray)) else [values]
-    whole = all(isinstance(v, (int, np.integer)) and least <= v <= MAX_ELEMENTS for v in listed)
+    whole = all(isinstance(v, (int, np.integer)) and least <= v <= most for v in listed)
     if len(listed) != count or not whole:
-        raise InputError(f"{OP_NAME}: {name} must be {count} x integer in {least}..{MAX_ELEMENTS}, got {values}")
+        raise InputError(f"{op}: {name} must be {count} x integer in {least}..{most}, got {values}")
 
 
 def _out_shape(X: Floats, W: Bytes, geometry: Geometry) -> tuple[int, int, int, int]:
-    """(N, O, Ho, Wo) of the output, or an InputError that says which input does not fit."""
+    """(N, O, Ho, Wo) of a binary convolution's output, or an InputError that says which input does not fit."""
     channels, strides, pads, dilations, group = geometry
     check_packed(W, channels)
     filters, *kernel = W.shape[:3]
     if filters % group:
         raise InputError(f"{OP_NAME}: {filters} filters of W cannot be split into {group} groups")
-    if channels * kernel[0] * kernel[1] > MAX_TAPS:
+    if channels * kernel[0] * kernel[1] > MAX_BINARY_TAPS:
         raise InputError(
-            f"{OP_NAME}: channels*kH*kW must be at most {MAX_TAPS}, got {channels}*{kernel[0]}*{kernel[1]}"
+            f"{OP_NAME}: channels*kH*kW must be at most {MAX_BINARY_TAPS}, got {channels}*{kernel[0]}*{kernel[1]}"
         )
-    if X.dtype != np.float32 or X.ndim != 4 or X.shape[1] != channels * group or 0 in X.shape[1:]:
-        expected = f"float32 (N, {channels * group}, H, W) with H and W at least 1"
-        raise InputError(f"{OP_NAME}: X must be {expected}, got {X.dtype} {X.shape}")
+    return _output_shape(OP_NAME, X, channels * group, filters, kernel, strides, pads, dilations)
+
+
+def _output_shape(
+    op: str,
+    X: Floats,
+    channels: int,
+    filters: int,
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    pads: Sequence[int],
+    dilations: Sequence[int],
+) -> tuple[int, int, int, int]:
+    """(N, O, Ho, Wo) from X of so many channels, or an InputError."""
+    if X.dtype != np.float32 or X.ndim != 4 or X.shape[1] != channels or 0 in X.shape[1:]:
+        expected = f"float32 (N, {channels}, H, W) with H and W at least 1"
+        raise InputError(f"{op}: X must be {expected}, got {X.dtype} {X.shape}")
     out_h, out_w = (
         output_size(X.shape[2 + i], kernel[i], strides[i], pads[i], pads[i + 2], dilations[i]) for i in (0, 1)
     )
     if out_h < 1 or out_w < 1:
-        raise InputError(f"{OP_NAME}: the dilated {kernel} kernel is larger than the padded image of X {X.shape}")
+        raise InputError(f"{op}: the dilated {list(kernel)} kernel is larger than the padded image of X {X.shape}")
     shape = (X.shape[0], filters, out_h, out_w)
     if max(X.size, math.prod(shape), out_h * out_w) > MAX_ELEMENTS:
-        raise InputError(f"{OP_NAME}: X {X.shape} or Y {shape} has more than {MAX_ELEMENTS} elements")
+        raise InputError(f"{op}: X {X.shape} or Y {shape} has more than {MAX_ELEMENTS} elements")
     return shape
 
 
-def _check_float(name: str, array: Floats, shapes: list[tuple[int, ...]]) -> None:
+def _check_arrays(op: str, **inputs: object) -> None:
+    for name, value in inputs.items():
+        if not isinstance(value, np.ndarray):
+            raise InputError(f"{op}: {name} must be a numpy array, got {type(value).__name__}")
+
+
+def _check_float(op: str, name: str, array: Floats, shapes: list[tuple[int, ...]]) -> None:
     if array.dtype != np.float32 or array.shape not in shapes:
         expected = " or ".join(str(shape) for shape in shapes)
-        raise InputError(f"{OP_NAME}: {name} must be float32 {expected}, got {array.dtype} {array.shape}")
+        raise InputError(f"{op}: {name} must be float32 {expected}, got {array.dtype} {array.shape}")
 
 
 class BinaryConv2d(OpRun):  # type: ignore[misc, unused-ignore]
@@ -210,16 +306,26 @@ class BinaryConv2d(OpRun):  # type: ignore[misc, unused-ignore]
         return (binary_conv2d(*inputs, **attributes),)
 
 
+class QuantizedConv2d(OpRun):  # type: ignore[misc, unused-ignore]
+    """`quantized_conv2d`, likewise."""
+
+    op_domain = DOMAIN
+
+    def _run(self, *inputs: Any, **attributes: Any) -> tuple[Floats]:
+        return (quantized_conv2d(*inputs, **attributes),)
+
+
 def evaluator(model_or_path: onnx.ModelProto | str | Path) -> ReferenceEvaluator:
-    """An evaluator that runs a model's siman.BinaryConv2d nodes with this module, not with their function body."""
+    """An evaluator that runs a model's nodes of our operators with this module, not with their function bodies."""
     model = model_or_path if isinstance(model_or_path, onnx.ModelProto) else _read(Path(model_or_path))
     versions = {opset.domain: opset.version for opset in model.opset_import}
     if versions.get(DOMAIN, VERSION) != VERSION:
         raise InputError(f"the model needs {DOMAIN} operators of version {versions[DOMAIN]}, this siman has {VERSION}")
-    # The evaluator does not hand its operators down to functions: inline the others, and drop the body of ours.
-    model = onnx.inliner.inline_selected_functions(model, [(DOMAIN, OP_NAME)], exclude=True)
+    # The evaluator does not hand its operators down to functions: inline the others, and drop the bodies of ours.
+    ours = [(DOMAIN, OP_NAME), (DOMAIN, QUANTIZED_OP)]
+    model = onnx.inliner.inline_selected_functions(model, ours, exclude=True)
     del model.functions[:]
-    return ReferenceEvaluator(model, new_ops=[BinaryConv2d])
+    return ReferenceEvaluator(model, new_ops=[BinaryConv2d, QuantizedConv2d])
 
 
 def _read(path: Path) -> onnx.ModelProto:
