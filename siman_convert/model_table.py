@@ -1,4 +1,4 @@
-"""The table behind `siman models`: what the plan makes of every timm architecture.
+"""The table behind `siman models`: what the plan makes of every timm architecture and of the paper's networks.
 
 It ships with the package, since asking timm itself takes seconds. `python -m siman_convert.model_table` makes it anew (about half
 an hour on one core; it goes on where it was stopped); a test holds a sample of its rows against fresh plans.
@@ -42,6 +42,7 @@ def make_row(name: str) -> Row:
     import timm
     import torch
 
+    import siman_convert.networks  # noqa: F401  registers them with timm
     from siman_convert.plans import make_plan
 
     with torch.device("meta"):
@@ -60,8 +61,10 @@ def has_weights_on_timm_hub(name: str) -> bool:
 
 
 def regenerate(path: Path) -> None:
-    """Write rows for all of timm's architectures, keeping the rows the file has."""
+    """Write rows for all of timm's architectures and for our networks, keeping the rows the file has."""
     import timm
+
+    import siman_convert.networks  # noqa: F401  registers them with timm
 
     rows = {row["name"]: row for row in map(json.loads, path.read_text().splitlines())} if path.exists() else {}
     for name in timm.list_models():

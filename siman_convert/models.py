@@ -1,4 +1,7 @@
-"""A timm model by name, with weights from timm's hub, from a file, or none; every failure is one line."""
+"""A timm model by name, with weights from timm's hub, from a file, or none; every failure is one line.
+
+The networks of the paper are registered with timm here (`networks`).
+"""
 
 import contextlib
 import difflib
@@ -16,6 +19,7 @@ from timm.models import get_pretrained_cfg
 from timm.models import load_state_dict as load_timm_state_dict
 from torch import Tensor, nn
 
+from siman_convert import networks
 from siman_convert.errors import InputError
 from siman_convert.hub import WAYS_OUT, require_answer
 
@@ -53,6 +57,11 @@ def create(name: str, classes: int | None, **kwargs: Any) -> nn.Module:
     head = {} if classes is None else {"num_classes": classes}
     model: nn.Module = timm.create_model(name, **head, **kwargs)
     return model
+
+
+def usual_weights(name: str) -> str:
+    """The weights of a model when nobody says which: pretrained, or none for the paper's networks, which have no others."""
+    return "none" if name in networks.__all__ else "pretrained"
 
 
 def require_known(name: str) -> None:

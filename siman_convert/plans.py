@@ -1,8 +1,9 @@
 """Which convolutions of a model become binary, and why: one decision with a reason for every Conv2d. Changes nothing.
 
 The rules look at the shape-tracing forward (`trace.py`) and at the modules, never at names. The first that applies
-decides: what the user asked for, then what gains nothing or costs too much accuracy (stem, classifier, depthwise, 1x1
-maps, 1x1 shortcuts), then what the layer cannot stand in for yet; every other convolution is binarized.
+decides: what the user asked for, what the network was designed for, then what gains nothing or costs too much accuracy
+(stem, classifier, depthwise, 1x1 maps, 1x1 shortcuts), then what the layer cannot stand in for yet; every other
+convolution is binarized.
 The plan is made at the model's native input size, so it does not depend on the images at hand.
 """
 
@@ -102,11 +103,13 @@ def make_plan(
 ) -> Plan:
     """Decide for every Conv2d of `model`; `keep` and `binarize` are globs on module names and go before all rules.
 
-    `input_size` (C, H, W) defaults to the size in the model's timm configuration.
+    `input_size` (C, H, W) defaults to the size in the model's timm configuration. A model may have an attribute
+    `binary_by_design`, glob -> whether, which goes before the rules, too; what cannot be binary is left to them.
     """
     size = input_size or native_input_size(model)
     convs = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
     kept, asked = _matches(keep, convs, "keep"), _matches(binarize, convs, "binarize")
+    design: Mapping[str, bool] = getattr(model, "binary_by_design", {})
     graph = trace(model, size)
     facts = _Facts.of(model, graph)
     decisions = []
@@ -118,6 +121,8 @@ def make_plan(
             if obstacle:
                 raise InputError(f"--binarize {asked[path]}: {path} cannot be binarized: {obstacle}; --keep it instead")
             verdict = True, f"you asked to binarize {asked[path]}"
+        elif (wish := _by_design(path, conv, design, facts)) is not None:
+            verdict = wish, f"{'binary' if wish else 'full precision'} by the network's design"
         else:
             reason = next((why for rule in _RULES if (why := rule(path, conv, facts))), None)
             verdict = reason is None, reason or _taps(conv)
@@ -233,6 +238,12 @@ def _impossible(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
     if any(call.input_shape[-3:] == (1, 1, 1) for call in facts.graph.calls.get(path, ())):
         return "its input is a single number"
     return _unreached(path, conv, facts) or _irreplaceable(path, conv, facts)
+
+
+def _by_design(path: str, conv: nn.Conv2d, design: Mapping[str, bool], facts: _Facts) -> bool | None:
+    """What the network says of this convolution; None where it says nothing, or what cannot be."""
+    wish = next((binary for glob, binary in design.items() if fnmatchcase(path, glob)), None)
+    return None if wish and _impossible(path, conv, facts) else wish
 
 
 def tap_count(conv: nn.Conv2d) -> int:
