@@ -6,6 +6,8 @@ Symbols, for one filter (one output channel) of n = C_in/groups * kH * kW elemen
     z   standardised weight, (w - mean(w)) / sqrt(var(w) + EPS), var unbiased (divided by n - 1)
     b   bit of a weight, 1 for a high magnitude |z|, 0 for a low one; the convolution uses 2b - 1 in {-1, +1}
 
+`sign`, the bits of most other binary networks, is here for comparison: b = [z >= 0].
+
 Weights are passed as matrices `(C_out, n)`, one filter a row. Nothing here reads a value back to the host, so every function
 also runs on the meta device; a test holds that.
 """
@@ -15,12 +17,12 @@ from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 SAMPLE = 1 << 14  # elements that bound a percentile before it is selected
 EPS = 1e-5  # added to a variance inside the square root, for weights and for activations
 
-Selection = Literal["half", "analytic"]
+Selection = Literal["half", "analytic", "sign"]
 SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 
 
@@ -61,7 +63,17 @@ def analytic_bits(magnitudes: Tensor) -> Tensor:
     return torch.empty_like(order, dtype=torch.bool).scatter_(1, order, ranks <= best)
 
 
-BITS: dict[Selection, Callable[[Tensor], Tensor]] = {"half": half_bits, "analytic": analytic_bits}
+MAGNITUDE_BITS: dict[Selection, Callable[[Tensor], Tensor]] = {"half": half_bits, "analytic": analytic_bits}
+
+
+def select_bits(z: Tensor, selection: Selection) -> Tensor:
+    """Bits (C_out, n) of standardised weights; `sign` (XNOR-Net, IR-Net) takes [z >= 0] instead of magnitudes."""
+    return z >= 0 if selection == "sign" else MAGNITUDE_BITS[selection](z.abs())
+
+
+def select_backward(grad_bw: Tensor, z: Tensor, selection: Selection) -> Tensor:
+    """Gradient of z from that of 2b - 1, straight through: d(2b - 1)/d|z| := 1, of `sign` d(2b - 1)/dz := 1."""
+    return grad_bw if selection == "sign" else grad_bw * z.sign()
 
 
 def clip_magnitudes(rows: Tensor, percent: float) -> Tensor:
@@ -130,6 +142,11 @@ def remap_rows(rows: Tensor) -> Tensor:
     centred = rows - rows.mean(dim=1, keepdim=True)
     scale = centred.square().mean().sqrt().clamp_min(EPS)  # a layer of constant filters keeps distinct latents
     return _signed_quantiles(count).to(rows)[ranks] * scale
+
+
+def scratch_rows(shape: torch.Size, generator: torch.Generator | None) -> Tensor:
+    """Latent weights of `shape` (C_out, n) as torch's Conv2d draws its own: uniform within 1/sqrt(n). On the CPU."""
+    return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
 def _signed_quantiles(count: int) -> Tensor:

@@ -25,14 +25,16 @@ from siman_convert.data import iterate, train_loader
 from siman_convert.environment import describe_environment, siman_version
 from siman_convert.errors import InputError
 from siman_convert.evaluation import resolve_device
-from siman_convert.files import disk_errors
+from siman_convert.files import disk_errors, replacing
 from siman_convert.guards import Stop, one_line_errors, stopping_on_signals
 from siman_convert.models import require_known
+from siman_convert.objective import Objective
 from siman_convert.preparation import Job, check_duration, check_environment, check_job, check_resumed_job
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, require_usable, run_name
+from siman_convert.subjects import load_run_model
 from siman_convert.surgery import apply_plan
-from siman_convert.train import Phase, PhaseName
+from siman_convert.train import Phase, PhaseName, save_weights
 from siman_convert.watch import Watcher
 
 CALIBRATION_BATCH = 64  # images; statistics are averaged over batches, so this is not the training batch
@@ -73,11 +75,13 @@ def convert(
     data: str = "digits",
     *,
     recipe: Recipe | None = None,
-    weights: str = "pretrained",
+    weights: str | None = None,
     options: Options | None = None,
     watcher: Watcher | None = None,
 ) -> Result | None:
     """Convert timm model `model` on `data`; None after a dry run. See `Options` and `recipe.Recipe` for the rest.
+
+    `weights`: as `models.load_model` takes them; None: pretrained ones where the model is known to have any.
 
     Raises InputError for what the user can mend before anything is written, SimanError for what fails later (numerics,
     memory, disk) and Interrupted when a signal asked to stop; in both latter cases the run can be resumed.
@@ -137,7 +141,11 @@ def _create_run(job: Job, options: Options, accelerator: Accelerator) -> Run:
         name = options.experiment or run_name(job.loaded.name, job.source.name)
         environment = describe_environment(accelerator.device)
         with disk_errors(options.output):
-            folder = [str(Run.create(options.output, name, info, job.recipe, job.plan, environment).folder)]
+            run = Run.create(options.output, name, info, job.recipe, job.plan, environment)
+            if job.teacher:
+                with replacing(run.folder / "teacher.safetensors") as temporary:
+                    save_weights(job.teacher, temporary)
+            folder = [str(run.folder)]
     broadcast_object_list(folder)
     return Run(Path(folder[0]))
 
@@ -154,7 +162,10 @@ def _train(job: Job, run: Run, options: Options, watcher: Watcher, stop: Stop) -
 
     def phase(name: PhaseName, model: nn.Module) -> Phase:
         accelerator = _accelerator(job.recipe, options.device)
-        return Phase(name, model, job.recipe, job.data, accelerator, run, progress, watcher, stop, options.save_every)
+        objective = _binary_objective(job, run) if name == "binary" else Objective(smoothing=job.recipe.smoothing)
+        return Phase(
+            name, model, objective, job.recipe, job.data, accelerator, run, progress, watcher, stop, options.save_every
+        )
 
     if progress.phase == "full-precision":
         model = _full_precision_phase(job, phase("full-precision", job.loaded.module), state)
@@ -167,7 +178,29 @@ def _train(job: Job, run: Run, options: Options, watcher: Watcher, stop: Stop) -
     if progress.top1("binary") is None:
         binary.conclude(binary.evaluate(), {"phase": "binary", "epoch": 0}, ("last",))
     binary.train()
+    if not progress.finished(job.recipe):
+        _re_estimate(binary)
     return _result(job, run, progress)
+
+
+def _binary_objective(job: Job, run: Run) -> Objective:
+    """What the binary epochs minimise: the recipe's loss, or that of the labels alone where no teacher knows anything."""
+    recipe = job.recipe
+    if not job.distills:
+        return Objective(recipe.label_weight or 1.0, recipe.smoothing)
+    teacher = job.teacher or load_run_model(run, "full-precision")
+    return Objective(recipe.label_weight, recipe.smoothing, teacher, recipe.distill_weight, recipe.distill_temperature)
+
+
+def _re_estimate(phase: Phase) -> None:
+    """After the last epoch: new BatchNorm statistics, whose weights become `last` whether or not they are better.
+
+    What it computes depends on the trained weights alone, not on the statistics before: repeated after a kill, it is the same.
+    """
+    model, images = phase.evaluated_model, phase.recipe.final_calibration_images
+    phase.watcher.note(f"re-estimating BatchNorm on about {min(images, len(phase.data.train)):,} training images")
+    estimate_batch_norm(model, _calibration_batches(phase, images))
+    phase.conclude(phase.evaluate(), {"phase": "binary", "epoch": phase.epochs, "re_estimated": True}, ("last",))
 
 
 def _full_precision_phase(job: Job, phase: Phase, state: Path | None) -> nn.Module:
@@ -178,23 +211,25 @@ def _full_precision_phase(job: Job, phase: Phase, state: Path | None) -> nn.Modu
     if not job.loaded.new_head and phase.progress.top1("full-precision") is None:
         phase.conclude(phase.evaluate(), {"phase": "full-precision", "epoch": 0}, ("full-precision",))
     full_precision, recipe = phase.evaluated_model, job.recipe
-    model = apply_plan(copy.deepcopy(full_precision), job.plan, init=recipe.init, selection=recipe.binarizer)
+    model = apply_plan(
+        copy.deepcopy(full_precision), job.plan, init=recipe.init, selection=recipe.binarizer, seed=recipe.seed
+    )
     if recipe.calibration_images:
         images = min(recipe.calibration_images, len(phase.data.train))
         phase.watcher.note(f"re-estimating alpha and BatchNorm on about {images:,} training images")
-        fit_scales(full_precision, model, _calibration_batches(phase))
-        estimate_batch_norm(model, _calibration_batches(phase))
+        fit_scales(full_precision, model, _calibration_batches(phase, images))
+        estimate_batch_norm(model, _calibration_batches(phase, images))
     return model
 
 
-def _calibration_batches(phase: Phase) -> Iterator[Tensor]:
-    """The same training images in every process, without augmentation; all batches equally large."""
+def _calibration_batches(phase: Phase, images: int) -> Iterator[Tensor]:
+    """About so many training images, the same in every process, without augmentation; all batches equally large."""
     data, recipe = phase.data, phase.recipe
     size = min(CALIBRATION_BATCH, max(2, recipe.batch_size), len(data.train))
     loader = train_loader(
         data.train, data.eval_transform, batch_size=size, epoch=0, seed=recipe.seed, workers=data.workers
     )
-    for batch in itertools.islice(iterate(loader), math.ceil(recipe.calibration_images / size)):
+    for batch in itertools.islice(iterate(loader), math.ceil(images / size)):
         phase.stop.check("stopped while re-estimating statistics; what was trained before is saved")
         if len(batch.targets) == size:  # a short last batch would count as much as a whole one
             yield batch.images.to(phase.accelerator.device)

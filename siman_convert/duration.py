@@ -2,10 +2,12 @@
 
 import copy
 import time
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from siman_convert.objective import Objective
 from siman_convert.plans import Plan
 from siman_convert.recipe import Recipe
 from siman_convert.surgery import apply_plan, binary_layers
@@ -17,14 +19,11 @@ TIMED_BATCH = 16  # images in the larger of the two batches that a large one is 
 def seconds_per_step(
     model: nn.Module, plan: Plan | None, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device
 ) -> float:
-    """Forward, backward and update of one optimizer step on random images; with a `plan`, of the converted model.
-
-    On a CPU a large batch is extrapolated from two small ones: clip, bits and update cost the same for any batch.
-    """
+    """Forward, backward and update of one optimizer step on random images; with a `plan`, of the converted model."""
     model = copy.deepcopy(model)
     if plan:
         model = apply_plan(model, plan, init="copy", selection=recipe.binarizer)
-    step = TrainingStep(model, nn.CrossEntropyLoss()).to(device).train()
+    step = TrainingStep(model, Objective()).to(device).train()
     optimizer = make_optimizer(model, recipe, recipe.lr)
 
     def seconds(images: int) -> float:
@@ -40,6 +39,33 @@ def seconds_per_step(
             times.append(_clock(device) - started)
         return min(times)  # the first run warms up
 
+    return _of_whole_step(seconds, recipe, device)
+
+
+def seconds_of_teacher(
+    teacher: nn.Module, recipe: Recipe, input_size: tuple[int, int, int], device: torch.device
+) -> float:
+    """What a teacher's answers add to one optimizer step."""
+    teacher = copy.deepcopy(teacher).to(device).eval()
+
+    @torch.no_grad()
+    def seconds(images: int) -> float:
+        batch = torch.randn(images, *input_size, device=device)
+        times = []
+        for _ in range(3):
+            started = _clock(device)
+            teacher(batch)
+            times.append(_clock(device) - started)
+        return min(times)
+
+    return _of_whole_step(seconds, recipe, device)
+
+
+def _of_whole_step(seconds: Callable[[int], float], recipe: Recipe, device: torch.device) -> float:
+    """From the `seconds` that so many images take to those of a step of the recipe.
+
+    On a CPU a large batch is extrapolated from two small ones: clip, bits and update cost the same for any batch.
+    """
     if device.type != "cpu" or recipe.batch_size <= TIMED_BATCH:
         return seconds(max(2, recipe.batch_size)) * recipe.grad_accum_steps
     quarter, whole = seconds(TIMED_BATCH // 4), seconds(TIMED_BATCH)

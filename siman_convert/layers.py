@@ -17,7 +17,7 @@ from siman_convert import binarize
 from siman_convert.binarize import Selection
 from siman_convert.errors import InputError
 
-Init = Literal["remap", "copy"]
+Init = Literal["remap", "copy", "scratch"]
 INITS: tuple[Init, ...] = get_args(Init)
 
 
@@ -41,7 +41,8 @@ class SiMaNConv2d(nn.Conv2d):
     """A binary convolution trained by SiMaN. Takes `nn.Conv2d`'s arguments, zero padding only.
 
     Parameters: `weight` (C_out, C_in/groups, kH, kW), the latent weights; `alpha` (C_out,), one learned scale per output
-    channel; `bias` (C_out,) or None, added after alpha. `selection` is how magnitudes become bits: `half` or `analytic`.
+    channel; `bias` (C_out,) or None, added after alpha. `selection` is how weights become bits: by magnitude (`half`,
+    `analytic`) or, to compare with, by `sign`.
 
     Training: threshold and statistics in float32 (float64 for float64 input) whatever autocast says.
     Eval: the threshold is the float64 mean rounded to float32, as in every runtime, and the integer convolution is exact.
@@ -57,11 +58,18 @@ class SiMaNConv2d(nn.Conv2d):
         self.alpha = nn.Parameter(self._rows().detach().abs().mean(dim=1).to(self.weight.dtype))
 
     @classmethod
-    def from_float(cls, conv: nn.Conv2d, init: Init = "remap", selection: Selection = "half") -> "SiMaNConv2d":
-        """A binary layer in place of `conv`; same shape, device, dtype, training flag and requires_grad.
+    def from_float(
+        cls,
+        conv: nn.Conv2d,
+        init: Init = "remap",
+        selection: Selection = "half",
+        generator: torch.Generator | None = None,
+    ) -> "SiMaNConv2d":
+        """A binary layer in place of `conv`; same shape, device, dtype, bias, training flag and requires_grad.
 
-        `remap` re-expresses the pretrained weights in magnitudes (`binarize.remap_rows`), alpha being their projection on
-        the bits; `copy` takes them as they are, alpha = mean|w|, which loses their signs.
+        `remap` gives latents whose bits follow the pretrained weights: of magnitudes by `binarize.remap_rows`, of signs the
+        weights themselves; alpha is the weights' projection on the bits. `copy` takes the weights as they are, which loses
+        their signs to magnitudes, and `scratch` draws new ones from `generator` (torch's own when None); alpha = mean|w|.
         """
         if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
             raise InputError(
@@ -85,9 +93,10 @@ class SiMaNConv2d(nn.Conv2d):
         )
         rows = conv.weight.detach().flatten(1)
         with torch.no_grad():
-            layer.weight.copy_((binarize.remap_rows(rows) if init == "remap" else rows).view_as(layer.weight))
+            latents = _latents(rows, init, selection, generator)
+            layer.weight.copy_(latents.view_as(layer.weight))
             bits = layer.bits().flatten(1)
-            layer.alpha.copy_(binarize.projection_scale(rows, bits) if init == "remap" else rows.abs().mean(dim=1))
+            layer.alpha.copy_(binarize.projection_scale(rows, bits) if init == "remap" else latents.abs().mean(dim=1))
             if conv.bias is not None:
                 cast(Tensor, layer.bias).copy_(conv.bias)
         layer.requires_grad_(conv.weight.requires_grad)
@@ -95,14 +104,20 @@ class SiMaNConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def clip_weights_(self, percent: float) -> None:
-        """Clip the latent weights by magnitude percentiles, in place (`binarize.clip_magnitudes`); once per optimizer step."""
+        """Clip the latent weights by magnitude percentiles, in place (`binarize.clip_magnitudes`); once per optimizer step.
+
+        Bits by `sign` are left alone: raising small magnitudes moves a weight away from the zero that it has to cross for its
+        bit to flip, where for bits by magnitude the clip brings weights nearer to the median.
+        """
+        if self.selection == "sign":
+            return
         self.weight.copy_(binarize.clip_magnitudes(self._rows(), percent).view_as(self.weight))
 
     @torch.no_grad()
     def bits(self) -> Tensor:
         """The bits of the current weights, bool (C_out, C_in/groups, kH, kW); True stands for +1."""
         z, _ = binarize.standardize(self._rows())
-        return binarize.BITS[self.selection](z.abs()).view_as(self.weight)
+        return binarize.select_bits(z, self.selection).view_as(self.weight)
 
     @torch.no_grad()
     def unscaled(self, x: Tensor) -> Tensor:
@@ -128,20 +143,28 @@ class SiMaNConv2d(nn.Conv2d):
         return rows if rows.dtype == torch.float64 else rows.float()
 
 
+def _latents(rows: Tensor, init: Init, selection: Selection, generator: torch.Generator | None) -> Tensor:
+    """The latent weights (C_out, n) that a layer in place of pretrained `rows` starts with."""
+    if init == "scratch":
+        return binarize.scratch_rows(rows.shape, generator)
+    return binarize.remap_rows(rows) if init == "remap" and selection != "sign" else rows
+
+
 class BinarizeWeight(torch.autograd.Function):
-    """w (C_out, n) -> 2b - 1, straight-through with respect to |z|: d(2b - 1)/d|z| := 1."""
+    """w (C_out, n) -> 2b - 1, straight through to |z| (`sign`: to z), then through the standardisation."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, selection: Selection) -> Tensor:
         z, rstd = binarize.standardize(rows)
         ctx.save_for_backward(z, rstd)
-        return binarize.BITS[selection](z.abs()).to(rows.dtype).mul_(2).sub_(1)
+        ctx.selection = selection
+        return binarize.select_bits(z, selection).to(rows.dtype).mul_(2).sub_(1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_bw: Tensor) -> tuple[Tensor, None]:
         z, rstd = ctx.saved_tensors
-        return binarize.standardize_backward(grad_bw * z.sign(), z, rstd), None
+        return binarize.standardize_backward(binarize.select_backward(grad_bw, z, ctx.selection), z, rstd), None
 
 
 class BinaryConv(torch.autograd.Function):

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from siman_convert.costs import Costs, plan_costs
 from siman_convert.data import (
@@ -15,10 +16,10 @@ from siman_convert.data import (
     resolve_preprocess,
     train_transform,
 )
-from siman_convert.duration import seconds_per_step, spoken
+from siman_convert.duration import seconds_of_teacher, seconds_per_step, spoken
 from siman_convert.environment import describe_environment
 from siman_convert.errors import InputError
-from siman_convert.models import LoadedModel, create, load_model
+from siman_convert.models import LoadedModel, create, load_model, usual_weights
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Run
@@ -38,6 +39,14 @@ class Job:
     plan: Plan
     costs: Costs
     recipe: Recipe
+    teacher: nn.Module | None = None  # another network than the model itself, in eval mode
+
+    @property
+    def distills(self) -> bool:
+        """Whether the binary epochs learn from a teacher. A classifier that is still random has nothing to teach."""
+        recipe = self.recipe
+        knows = recipe.teacher is not None or recipe.fp_epochs > 0 or not self.loaded.new_head
+        return recipe.epochs > 0 and recipe.distill_weight > 0 and knows
 
 
 def check_environment(device: torch.device, processes: int, watcher: Watcher) -> None:
@@ -49,12 +58,13 @@ def check_environment(device: torch.device, processes: int, watcher: Watcher) ->
     watcher.stage(1, "environment", text)
 
 
-def check_job(model: str, data: str, recipe: Recipe, weights: str, workers: int, watcher: Watcher) -> Job:
+def check_job(model: str, data: str, recipe: Recipe, weights: str | None, workers: int, watcher: Watcher) -> Job:
     """Steps 2 and 3 of a new run: the data, then the model with its plan."""
+    wanted = usual_weights(model) if weights is None else weights
     source = open_source(data, val_split=recipe.val_split, seed=recipe.seed)
     _report_data(source, watcher)
     torch.manual_seed(recipe.seed)  # a new head, or all weights, are drawn at random
-    loaded = load_model(model, len(source.classes), weights)
+    loaded = load_model(model, len(source.classes), wanted)
     preprocess, note = resolve_preprocess(
         loaded.module,
         image_size=source.image_size,
@@ -71,15 +81,19 @@ def check_job(model: str, data: str, recipe: Recipe, weights: str, workers: int,
             f"{model}: none of its {len(plan.decisions)} convolutions can be binarized; "
             f"`siman inspect {model}` gives the reason of each"
         )
-    job = _assemble(loaded, source, preprocess, plan, recipe, workers)
+    teacher = _named_teacher(recipe, len(source.classes), preprocess)
+    job = _assemble(loaded, source, preprocess, plan, recipe, workers, teacher)
     _report_plan(job, watcher)
     if note:
         watcher.note(note)
-    if loaded.new_head and weights != "none" and recipe.fp_epochs == 0:
+    if weights is None and wanted == "none":
+        watcher.note(f"{model} has no pretrained weights; it starts from random ones")
+    if loaded.new_head and wanted != "none" and recipe.fp_epochs == 0:
         watcher.note(
             f"the classifier is new for these {len(source.classes)} classes and starts untrained; "
             "--fp-epochs N would fine-tune the full-precision model first"
         )
+    _report_teacher(job, watcher)
     return job
 
 
@@ -97,8 +111,11 @@ def check_resumed_job(run: Run, workers: int, watcher: Watcher) -> Job:
         loaded = load_model(info.model, len(info.classes), info.weights)
     else:
         loaded = LoadedModel(create(info.model, len(info.classes)), info.model, info.weights, info.new_head)
-    job = _assemble(loaded, source, Preprocess.from_dict(info.preprocess), run.plan(), recipe, workers)
+    preprocess = Preprocess.from_dict(info.preprocess)
+    teacher = _named_teacher(recipe, len(info.classes), preprocess, run)
+    job = _assemble(loaded, source, preprocess, run.plan(), recipe, workers, teacher)
     _report_plan(job, watcher)
+    _report_teacher(job, watcher)
     return job
 
 
@@ -111,14 +128,55 @@ def check_duration(job: Job, device: torch.device, processes: int, watcher: Watc
     for name, epochs, plan in phases:
         if epochs:
             step = seconds_per_step(job.loaded.module, plan, recipe, job.preprocess.input_size, device)
-            plural = "s" if epochs > 1 else ""
-            parts.append(f"{epochs} {name} epoch{plural} of {steps} steps at about {spoken(step)}")
+            plural, taught = "s" if epochs > 1 else "", ""
+            if plan and job.distills:
+                teacher = job.teacher or job.loaded.module
+                extra = seconds_of_teacher(teacher, recipe, job.preprocess.input_size, device)
+                step, taught = step + extra, f" ({spoken(extra)} of it the teacher's)"
+            parts.append(f"{epochs} {name} epoch{plural} of {steps} steps at about {spoken(step)}{taught}")
             total += epochs * steps * step
     watcher.stage(4, "time", f"{', then '.join(parts)}; about {spoken(total)} in all" if parts else "nothing to train")
 
 
+def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Run | None = None) -> nn.Module | None:
+    """The recipe's own teacher, from the run where it is kept there already; None: the model teaches itself, or nothing does.
+
+    Raises InputError where it cannot be had, has other classes, or cannot take the images.
+    """
+    if recipe.teacher is None or recipe.epochs == 0:
+        return None
+    name, _, file = recipe.teacher.partition("=")
+    kept = run.folder / "teacher.safetensors" if run else None
+    weights = str(kept) if kept and kept.is_file() else file or "pretrained"
+    try:
+        loaded = load_model(name, classes, weights)
+        teacher = loaded.module.eval()
+        if loaded.new_head:
+            raise InputError(f"its classifier is not one of {classes} classes, as these data need")
+        _try(teacher, preprocess.input_size)
+    except InputError as error:
+        raise InputError(f"--teacher {recipe.teacher}: {error}") from error
+    return teacher
+
+
+@torch.no_grad()
+def _try(teacher: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Raise InputError unless the network takes images of that size: some take one size only."""
+    try:
+        teacher(torch.zeros(1, *input_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size, reason = "x".join(map(str, input_size)), " ".join(str(error).split())[:160]
+        raise InputError(f"it cannot take images of {size} ({reason}); choose another, or --img-size") from error
+
+
 def _assemble(
-    loaded: LoadedModel, source: Source, preprocess: Preprocess, plan: Plan, recipe: Recipe, workers: int
+    loaded: LoadedModel,
+    source: Source,
+    preprocess: Preprocess,
+    plan: Plan,
+    recipe: Recipe,
+    workers: int,
+    teacher: nn.Module | None,
 ) -> Job:
     augment = Augment(
         scale=recipe.scale,
@@ -139,7 +197,16 @@ def _assemble(
         classes=len(source.classes),
         workers=workers,
     )
-    return Job(loaded, source, preprocess, data, plan, plan_costs(loaded.module, plan), recipe)
+    return Job(loaded, source, preprocess, data, plan, plan_costs(loaded.module, plan), recipe, teacher)
+
+
+def _report_teacher(job: Job, watcher: Watcher) -> None:
+    recipe = job.recipe
+    if recipe.epochs and recipe.distill_weight and not job.distills:
+        watcher.note(
+            "nothing to distil from: the model's classifier is random and would be its own teacher; training on labels alone "
+            "(--fp-epochs N would train it first, --teacher NAME takes another)"
+        )
 
 
 def _report_data(source: Source, watcher: Watcher) -> None:

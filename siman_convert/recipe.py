@@ -35,12 +35,13 @@ class Recipe(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     # What becomes binary, and how
-    init: Literal["remap", "copy"] = "remap"  # how pretrained weights become latent weights
-    binarizer: Literal["half", "analytic"] = "half"  # how magnitudes become bits
+    init: Literal["remap", "copy", "scratch"] = "remap"  # latents keep the weights' signs, are the weights, are random
+    binarizer: Literal["half", "analytic", "sign"] = "half"  # how latents become bits: by magnitude, or by sign
     keep: tuple[str, ...] = ()  # globs of convolutions to keep in full precision
     binarize: tuple[str, ...] = ()  # globs of convolutions to binarize against the plan's rules
     clip_percent: Annotated[float, Field(ge=0.0, lt=50.0)] = 15.0  # clip of the first epoch; falls linearly to 0
     calibration_images: Count = 2048  # training images that re-estimate alpha and BatchNorm after conversion
+    final_calibration_images: Count = 4096  # and BatchNorm again after the last binary epoch
 
     # Length and optimizer
     epochs: Count = 30  # binary epochs; 0: post-training mode, nothing is trained
@@ -57,6 +58,10 @@ class Recipe(BaseModel):
     min_lr: NonNegative = 0.0
     sched_on_updates: bool = True  # the cosine falls at every step; else once an epoch
     clip_grad: PositiveFloat | None = None  # largest norm of the gradient
+    label_weight: NonNegative = 1.0  # of the labels' cross-entropy in the binary epochs
+    distill_weight: NonNegative = 0.0  # of the distance to a teacher's answers, beside it; 0: off
+    distill_temperature: PositiveFloat = 4.0  # divides the logits of both
+    teacher: str | None = None  # None: the full-precision model itself; NAME: timm's pretrained; NAME=FILE: its weights
     smoothing: ShareBelowOne = 0.0  # of labels
     mixup: NonNegative = 0.0  # alpha of mixup; 0: off
     cutmix: NonNegative = 0.0  # alpha of cutmix; 0: off
@@ -92,6 +97,12 @@ class Recipe(BaseModel):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} goes from {low} down to {high}; expected the smaller first")
+        if self.label_weight == 0 and self.distill_weight == 0:
+            raise ValueError("label_weight and distill_weight are both 0: nothing to learn from; expected one above 0")
+        if self.teacher is not None and self.distill_weight == 0:
+            raise ValueError(
+                f"teacher {self.teacher!r} teaches nothing: distill_weight is 0; expected more, or no teacher"
+            )
         if 0 < self.epochs <= self.warmup_epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs} leave nothing of {self.epochs} epochs; expected fewer"

@@ -4,6 +4,7 @@
     recipe.yaml  plan.json  environment.json
     metrics.jsonl            one line an evaluation, in order
     last.safetensors  best.safetensors  full-precision.safetensors
+    teacher.safetensors      where another network teaches: a run needs nothing outside itself
     state/NNNNNN/            the newest committed training state
 
 The state is the truth. A commit writes a whole state under a temporary name, flushes it and renames it: before the rename the
@@ -73,6 +74,16 @@ class Progress:
     bad_images: dict[str, str] = field(default_factory=dict)
     publish: list[str] = field(default_factory=list)  # final names that `evaluated` gets
     processes: int = 1  # that trained; the position within an epoch means nothing to another number
+
+    @property
+    def re_estimated(self) -> bool:
+        """Whether BatchNorm was re-estimated after the last epoch and the result evaluated."""
+        return any(record.get("re_estimated", False) for record in self.history)
+
+    def finished(self, recipe: Recipe) -> bool:
+        """Whether nothing is left to do."""
+        final = recipe.epochs == 0 or recipe.final_calibration_images == 0 or self.re_estimated
+        return self.phase == "binary" and self.epoch == recipe.epochs and self.best_top1 is not None and final
 
     def top1(self, phase: str) -> float | None:
         """The newest top-1 of a phase, percent."""

@@ -6,8 +6,10 @@ a plan that does not fit leaves the model as it was.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
+import torch
 from torch import nn
 
 from siman_convert.binarize import Selection
@@ -16,13 +18,19 @@ from siman_convert.layers import Init, SiMaNConv2d
 from siman_convert.plans import ConvDecision, Plan
 
 
-def apply_plan(model: nn.Module, plan: Plan, *, init: Init = "remap", selection: Selection = "half") -> nn.Module:
+def apply_plan(
+    model: nn.Module, plan: Plan, *, init: Init = "remap", selection: Selection = "half", seed: int = 0
+) -> nn.Module:
     """Swap the planned convolutions of `model` and return it (a model that is itself one convolution: its replacement).
 
     Device, dtype, training flags and requires_grad stay; a module registered under several names is swapped under all.
+    What `init="scratch"` draws for a layer depends on `seed` and the layer's name alone, not on the layers around it.
     """
-    convs = planned_convs(model, plan).values()
-    return swap(model, {id(conv): SiMaNConv2d.from_float(conv, init, selection) for conv in convs})
+    layers = {
+        id(conv): SiMaNConv2d.from_float(conv, init, selection, _generator(seed, name))
+        for name, conv in planned_convs(model, plan).items()
+    }
+    return swap(model, layers)
 
 
 def planned_convs(model: nn.Module, plan: Plan) -> dict[str, nn.Conv2d]:
@@ -43,6 +51,11 @@ def swap(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
 def binary_layers(model: nn.Module) -> dict[str, SiMaNConv2d]:
     """The binary layers of a model by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, SiMaNConv2d)}
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 def _planned(modules: dict[str, nn.Module], decision: ConvDecision) -> nn.Conv2d:

@@ -31,6 +31,7 @@ from siman_convert.errors import InputError, Interrupted, SimanError
 from siman_convert.files import disk_errors
 from siman_convert.guards import Stop
 from siman_convert.metrics import Metrics, evaluate_model
+from siman_convert.objective import Objective
 from siman_convert.recipe import Recipe
 from siman_convert.runs import EVALUATED, Progress, Record, Run
 from siman_convert.surgery import binary_layers
@@ -56,13 +57,13 @@ class Data:
 class TrainingStep(nn.Module):
     """Images and targets to (loss, logits). Autocast wraps this module's forward, so that `model` itself stays plain."""
 
-    def __init__(self, model: nn.Module, criterion: nn.Module) -> None:
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
-        self.model, self.criterion = model, criterion
+        self.model, self.objective = model, objective
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.model(images)
-        return self.criterion(logits, targets), logits
+        return self.objective(images, logits, targets), logits
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -93,6 +94,7 @@ class Phase:
 
     name: PhaseName
     model: nn.Module
+    objective: Objective
     recipe: Recipe
     data: Data
     accelerator: Accelerator
@@ -106,16 +108,17 @@ class Phase:
         recipe, accelerator = self.recipe, self.accelerator
         full_precision = self.name == "full-precision"
         self.epochs = recipe.fp_epochs if full_precision else recipe.epochs
-        if recipe.channels_last:
-            self.model.to(memory_format=torch.channels_last)
-        self.model.to(accelerator.device)
+        for network in filter(None, (self.model, self.objective.teacher)):
+            if recipe.channels_last:
+                network.to(memory_format=torch.channels_last)
+            network.to(accelerator.device)
         self.layers = list(binary_layers(self.model).values())
         self.mix = _mixing(recipe, self.data.classes)
         optimizer = make_optimizer(self.model, recipe, lr=(full_precision and recipe.fp_lr) or recipe.lr)
         self.batches = _trainable_batches(len(self.data.train), recipe.batch_size, accelerator.num_processes)
         self.steps = math.ceil(self.batches / recipe.grad_accum_steps)
         self.schedule = _schedule(optimizer, recipe, self.epochs, self.steps)
-        step = TrainingStep(self.model, nn.CrossEntropyLoss(label_smoothing=recipe.smoothing))
+        step = TrainingStep(self.model, self.objective)
         self.module, self.optimizer = accelerator.prepare(step, optimizer)
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
         self.progress.processes = accelerator.num_processes
@@ -208,7 +211,7 @@ class Phase:
         if self._agreed(self.stop.requested):
             self.commit()
             raise Interrupted(
-                f"stopped in {self.name} epoch {self.progress.epoch + 1}, step {self.progress.step}; all saved"
+                f"stopped in {self.name} epoch {min(self.progress.epoch + 1, self.epochs)}, step {self.progress.step}; all saved"
             )
 
     def _train_epoch(self) -> None:

@@ -31,7 +31,8 @@ from siman_convert.onnx_op import INPUTS
 from siman_convert.runs import Run
 
 TRAINING = [
-    "--fp-epochs", "3", "--epochs", "3", "--opt", "adamw", "--lr", "0.01", "--set", "no_aug=true", "-b", "32",
+    "--fp-epochs", "3", "--epochs", "3", "--opt", "adamw", "--lr", "0.01", "--fp-lr", "0.01", "--set", "no_aug=true", "-b", "32",
+    "--distill-weight", "0", "--label-weight", "1",
     "--set", "calibration_images=64", "--device", "cpu",
 ]  # fmt: skip
 BINARY = (

@@ -136,6 +136,28 @@ def test_remap_of_constant_filters_has_half_ones() -> None:
     assert binarize.half_bits(z.abs()).sum(dim=1).tolist() == [32, 32]
 
 
+@pytest.mark.parametrize(
+    ("selection", "bits"), [("sign", [0, 1, 1, 1]), ("half", [1, 0, 0, 1]), ("analytic", [1, 0, 0, 1])]
+)
+def test_bits_of_standardized_weights(selection: binarize.Selection, bits: list[int]) -> None:
+    """-0 is a zero; without magnitudes in between, half and analytic agree."""
+    z = torch.tensor([[-1.0, 0.0, -0.0, 1.0]])
+    assert binarize.select_bits(z, selection).int().tolist() == [bits]
+
+
+@pytest.mark.parametrize(("selection", "expected"), [("sign", [2.0, 3.0, 5.0]), ("half", [-2.0, 0.0, 5.0])])
+def test_straight_through(selection: binarize.Selection, expected: list[float]) -> None:
+    """Of sign the gradient passes as it is, also at 0 and beyond 1; of magnitudes it turns with the sign of z."""
+    z, grad = torch.tensor([[-1.0, 0.0, 7.0]]), torch.tensor([[2.0, 3.0, 5.0]])
+    assert binarize.select_backward(grad, z, selection).tolist() == [expected]
+
+
+def test_scratch_draws_as_conv2d_does() -> None:
+    torch.manual_seed(11)
+    expected = torch.nn.Conv2d(6, 4, 3, groups=2, bias=False).weight.flatten(1)
+    assert torch.equal(binarize.scratch_rows(expected.shape, torch.Generator().manual_seed(11)), expected)
+
+
 def test_standardize_backward_is_its_gradient() -> None:
     rows = random_rows(5, 3, 17).requires_grad_()
     grad = random_rows(6, 3, 17)

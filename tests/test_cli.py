@@ -1,17 +1,21 @@
 """The command line end to end on real images, in this process: what users type, what they get, what bad input gets."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 
 from siman_convert.cli import run as siman
 from siman_convert.model_table import make_row, read_table
+from siman_convert.models import create
 from siman_convert.runs import Run
 
+AGAIN = {"phase": "binary", "re_estimated": True}  # the evaluation after BatchNorm was re-estimated at the end
 FAST = ["--set", "calibration_images=64", "-b", "64", "--device", "cpu"]
 
 
@@ -45,7 +49,8 @@ def test_the_run_folder_is_complete(finished: Run) -> None:
     }  # fmt: skip
     assert (finished.folder.parent / "last").read_text() == "one\n"
     records = [(record["phase"], record["epoch"]) for record in finished.metrics()]
-    assert records == [("full-precision", 1), ("binary", 0), ("binary", 1), ("binary", 2)]
+    assert records == [("full-precision", 1), ("binary", 0), ("binary", 1), ("binary", 2), ("binary", 2)]
+    assert [record.get("re_estimated", False) for record in finished.metrics()] == [False] * 4 + [True]
     assert finished.info().model == "test_resnet"
     assert finished.recipe().epochs == 2
 
@@ -109,6 +114,94 @@ def test_nothing_runs_twice_on_a_finished_run(finished: Run, capsys: pytest.Capt
     assert "next: siman export" in capsys.readouterr().out
 
 
+def test_the_re_estimated_weights_are_always_the_last(finished: Run) -> None:
+    """BatchNorm alone differs from the state before, in its statistics; whether it got better decides only on `best`."""
+    *former, final = [record for record in finished.metrics() if record["phase"] == "binary"]
+    assert final | AGAIN == final
+    best = max(former, key=lambda record: record["top1"])
+    weights = {which: safetensors.torch.load_file(finished.weights(which)) for which in ("best", "last")}
+    same = all(torch.equal(value, weights["best"][key]) for key, value in weights["last"].items())
+    assert same == (final["top1"] > best["top1"])
+    assert any(key.endswith("num_batches_tracked") and value == 5 for key, value in weights["last"].items())  # 320 / 64
+
+
+def test_without_re_estimation(digits: Path, tmp_path: Path) -> None:
+    flags = ["--epochs", "1", "--set", "final_calibration_images=0", "--experiment", "off"]
+    assert converted(tmp_path, digits, *flags) == 0
+    assert [record["epoch"] for record in Run(tmp_path / "off").metrics()] == [0, 1]
+    assert Run(tmp_path / "off").progress().finished(Run(tmp_path / "off").recipe())
+
+
+def test_a_random_network_teaches_nothing(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Said beforehand; what is trained is the same as without a teacher."""
+    assert converted(tmp_path, digits, "--epochs", "1", "--experiment", "taught") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "nothing to distil from: the model's classifier is random" in out
+    assert "teacher's" not in out
+    labels = ["--distill-weight", "0", "--label-weight", "1"]
+    assert converted(tmp_path, digits, "--epochs", "1", "--experiment", "labels", *labels) == 0
+    assert "nothing to distil" not in capsys.readouterr().out
+    taught, plain = (Run(tmp_path / name).weights("last").read_bytes() for name in ("taught", "labels"))
+    assert taught == plain
+
+
+def test_the_teachers_cost_is_shown(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert converted(tmp_path, digits, "--dry-run", "--fp-epochs", "1") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"30 binary epochs of 5 steps at about \S+ m?s \(\S+ m?s of it the teacher's\)", out)
+
+
+def test_another_network_as_teacher(
+    finished: Run, digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Kept in the run. The same network with the same weights teaches what the model itself does."""
+    weights = finished.weights("full-precision")
+    flags = ["--weights", str(weights), "--epochs", "1"]
+    assert converted(tmp_path, digits, *flags, "--experiment", "itself") == 0
+    assert converted(tmp_path, digits, *flags, "--experiment", "named", "--teacher", f"test_resnet={weights}") == 0
+    itself, named = Run(tmp_path / "itself"), Run(tmp_path / "named")
+    assert itself.weights("last").read_bytes() == named.weights("last").read_bytes()
+    kept = safetensors.torch.load_file(named.folder / "teacher.safetensors")
+    assert all(torch.equal(value, kept[key]) for key, value in safetensors.torch.load_file(weights).items())
+    assert not (itself.folder / "teacher.safetensors").exists()
+    other = ["--epochs", "1", "--teacher", f"test_resnet={weights}", "--experiment", "random"]
+    capsys.readouterr()
+    assert converted(tmp_path, digits, *other) == 0  # the model is random, its teacher is not
+    assert "nothing to distil" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("resnett18", "--teacher resnett18: unknown model 'resnett18'"),
+        ("test_resnet=gone.pth", "--teacher test_resnet=gone.pth: no weights file at gone.pth"),
+        ("test_resnet=ten.safetensors", "its classifier is not one of 3 classes, as these data need"),
+        ("test_resnet=binary.safetensors", "already a binary model of siman"),
+        ("vit_tiny_patch16_224=vit.safetensors", "it cannot take images of 3x32x32"),
+    ],
+)
+def test_teachers_that_cannot_teach(
+    finished: Run,
+    teacher: str,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in "abc":
+        for part in ("train", "val"):
+            (tmp_path / "data" / part / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (32, 32), (40 * i, 90, 10)).save(tmp_path / "data" / part / name / f"{i}.png")
+    shutil.copy(finished.weights("full-precision"), "ten.safetensors")
+    shutil.copy(finished.weights("last"), "binary.safetensors")
+    safetensors.torch.save_file(create("vit_tiny_patch16_224", 3).state_dict(), "vit.safetensors")
+    assert converted(tmp_path / "runs", tmp_path / "data", "--img-size", "32", "--teacher", teacher) == 2
+    assert message in last_line(capsys)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_dry_run_writes_nothing(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert converted(tmp_path / "runs", digits, "--dry-run") == 0
     out = capsys.readouterr().out
@@ -154,15 +247,27 @@ def test_a_torch_checkpoint_with_another_head(finished: Run, digits: Path, tmp_p
     [
         ["--opt", "adamw", "--lr", "0.001", "--warmup-epochs", "1", "--clip-grad", "1"],
         ["--model-ema", "--model-ema-decay", "0.9", "--mixup", "0.2", "--cutmix", "0.5", "--smoothing", "0.1"],
-        ["--amp", "--channels-last", "--grad-accum-steps", "3", "--binarizer", "analytic"],
+        ["--amp", "--channels-last", "--grad-accum-steps", "3", "--binarizer", "analytic", "--fp-epochs", "1"],
+        [
+            "--init",
+            "scratch",
+            "--binarizer",
+            "sign",
+            "--fp-epochs",
+            "1",
+            "--distill-temperature",
+            "2",
+            "--label-weight",
+            "0.5",
+        ],
         ["--set", "crop_padding=4", "--set", "sched_on_updates=false", "--init", "copy", "--reprob", "0.5", "-j", "1"],
     ],
-    ids=["adamw", "ema-mixup", "amp", "cifar"],
+    ids=["adamw", "ema-mixup", "amp", "sign", "cifar"],
 )
 def test_training_options(flags: list[str], digits: Path, tmp_path: Path) -> None:
     assert converted(tmp_path, digits, "--epochs", "2", "--experiment", "x", *flags) == 0
     run = Run(tmp_path / "x")
-    assert len(run.metrics()) == 3
+    assert len([record for record in run.metrics() if record["phase"] == "binary"]) == 4
     weights = safetensors.torch.load_file(run.weights("last"))
     assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
 
@@ -175,7 +280,7 @@ def test_recipes_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert siman(["recipes", "show", str(target)]) == 0
     assert "epochs: 30" in capsys.readouterr().out
     assert siman(["recipes", "show", "finetune", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["recipe"]["lr"] == 0.02
+    assert json.loads(capsys.readouterr().out)["recipe"]["lr"] == 0.003
     assert siman(["recipes", "cp", "finetune", str(target)]) == 2
     assert "exists already" in last_line(capsys)
 
@@ -224,6 +329,10 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
             ["convert", "test_resnet", "--warmup-epochs", "9", "--epochs", "3"],
             "warmup_epochs 9 leave nothing of 3 epochs",
         ),
+        (["convert", "test_resnet", "--distill-weight", "0"], "both 0: nothing to learn from"),
+        (["convert", "test_resnet", "--distill-temperature", "0"], "distill_temperature: Input should be greater"),
+        (["convert", "test_resnet", "--init", "zeros"], "'remap', 'copy' or 'scratch'"),
+        (["convert", "test_resnet", "--binarizer", "signs"], "'half', 'analytic' or 'sign'"),
         (["convert", "--resume", "gone"], "no run at gone"),
         (["convert", "--epochz", "3"], "No such option"),
         (["eval", "gone"], "no run at gone"),
@@ -294,10 +403,13 @@ def test_pretrained_weights_offline_name_the_ways_out(
     [
         (["--epochs", "9"], "epochs is 2, not 9"),
         (["--recipe", "paper-cifar10"], "was started otherwise"),
-        (["--set", "lr=0.7"], "lr is 0.02, not 0.7"),
+        (["--set", "lr=0.7"], "lr is 0.003, not 0.7"),
         (["--data", "digits"], "data is"),
         (["--weights", "other.pth"], "weights is none, not other.pth"),
         (["--experiment", "two"], "experiment is one, not two"),
+        (["--teacher", "resnet50"], "teacher is None, not resnet50"),
+        (["--distill-temperature", "2"], "distill_temperature is 4.0, not 2.0"),
+        (["--label-weight", "1"], "label_weight is 0.0, not 1.0"),
     ],
 )
 def test_resuming_with_another_recipe_is_refused(

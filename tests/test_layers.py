@@ -9,16 +9,19 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from siman_convert.bits import unpack_weight_bits
 from siman_convert.errors import InputError
-from siman_convert.layers import SiMaNConv2d
+from siman_convert.frozen import freeze
+from siman_convert.layers import BinarizeWeight, SiMaNConv2d
 
 
 def slow_forward(layer: SiMaNConv2d, x: Tensor) -> Tensor:
     """Steps 2 to 6 of the method, in plain autograd operations."""
     w = layer.weight
     mean, var = w.mean(dim=(1, 2, 3), keepdim=True), w.var(dim=(1, 2, 3), keepdim=True)
-    z = ((w - mean) / torch.sqrt(var + 1e-5)).abs()
-    median = z.flatten(1).median(dim=1).values.view(-1, 1, 1, 1)
+    z = (w - mean) / torch.sqrt(var + 1e-5)
+    z = z if layer.selection == "sign" else z.abs()
+    median = torch.zeros(()) if layer.selection == "sign" else z.flatten(1).median(dim=1).values.view(-1, 1, 1, 1)
     bw = torch.where(z > median, 1.0, -1.0).to(w.dtype) + z - z.detach()
     a = (x - x.mean(dim=(1, 2, 3), keepdim=True)) / torch.sqrt(x.var(dim=(1, 2, 3), keepdim=True) + 1e-5)
     surrogate = torch.where(a.abs() < 1, 2 * a - a * a.abs(), a.sign())  # its derivative is max(0, 2 - 2|a|)
@@ -43,6 +46,7 @@ def shapes(draw):  # type: ignore[no-untyped-def]
         "dilation": draw(st.integers(1, 2)),
         "groups": groups,
         "bias": draw(st.booleans()),
+        "selection": draw(st.sampled_from(["half", "half", "sign"])),
     }
 
 
@@ -67,7 +71,7 @@ def test_forward_and_gradients_over_shapes(shape, seed, batch, channels_last) ->
         assert torch.allclose(ours, theirs, atol=1e-9 * max(1.0, theirs.abs().max().item()))
 
 
-@pytest.mark.parametrize("selection", ["half", "analytic"])
+@pytest.mark.parametrize("selection", ["half", "analytic", "sign"])
 def test_eval_is_the_integer_convolution(selection: str) -> None:
     torch.manual_seed(0)
     layer = SiMaNConv2d(6, 5, 3, padding=1, stride=2, bias=False, selection=selection).eval()
@@ -99,7 +103,7 @@ def test_signs_at_the_threshold(value: float, sign: float) -> None:
     assert layer(torch.full((1, 3, 3, 3), value)).flatten().tolist() == [sign * weights.sum().item()] * 9
 
 
-@pytest.mark.parametrize("selection", ["half", "analytic"])
+@pytest.mark.parametrize("selection", ["half", "analytic", "sign"])
 def test_nothing_reads_values_back_to_the_host(selection: str) -> None:
     """A meta tensor has no values: reading one raises. So no percentile, bit or statistic waits for the device."""
     layer = SiMaNConv2d(4, 6, 3, padding="same", groups=2, device="meta", selection=selection)
@@ -175,6 +179,68 @@ def test_from_float_copy() -> None:
     assert layer.selection == "analytic"
 
 
+@pytest.mark.parametrize("init", ["remap", "copy"])
+def test_from_float_by_sign_keeps_the_weights(init: str) -> None:
+    """Their signs are the bits that a remap is after; only alpha differs."""
+    conv = pretrained_conv()
+    layer = SiMaNConv2d.from_float(conv, init=init, selection="sign")
+    w = conv.weight.detach().flatten(1)
+    assert torch.equal(layer.weight, conv.weight)
+    assert torch.equal(layer.bits().flatten(1), w >= w.mean(dim=1, keepdim=True))
+    signs = 2.0 * layer.bits().flatten(1) - 1
+    assert torch.allclose(layer.alpha, ((w * signs) if init == "remap" else w.abs()).mean(dim=1))
+
+
+def test_from_float_scratch() -> None:
+    conv = pretrained_conv().double()
+    layers = [SiMaNConv2d.from_float(conv, "scratch", "half", torch.Generator().manual_seed(s)) for s in (1, 1, 2)]
+    assert torch.equal(layers[0].weight, layers[1].weight)
+    assert not torch.equal(layers[0].weight, layers[2].weight)
+    assert layers[0].weight.dtype == torch.float64
+    bound = 1 / (2 * 3 * 5) ** 0.5  # two channels a group, 3 x 5 taps
+    assert 0.95 * bound < layers[0].weight.abs().max().item() <= bound
+    assert torch.allclose(layers[0].alpha, layers[0].weight.abs().mean(dim=(1, 2, 3)))
+    assert torch.equal(layers[0].bias, conv.bias)
+    assert SiMaNConv2d.from_float(conv.to("meta"), "scratch").weight.is_meta
+
+
+@pytest.mark.parametrize(
+    ("selection", "bits", "grads"),
+    [
+        ("sign", [-1, 1, 1], [[1 / 6, -1 / 3, 1 / 6], [-1 / 3, 2 / 3, -1 / 3], [1 / 6, -1 / 3, 1 / 6]]),
+        ("analytic", [1, -1, 1], [[-1 / 6, 1 / 3, -1 / 6], [0, 0, 0], [1 / 6, -1 / 3, 1 / 6]]),
+    ],
+)
+def test_weights_and_their_gradients_by_hand(selection: str, bits: list[int], grads: list[list[float]]) -> None:
+    """w = (-1, 0, 1) is its own z, up to EPS. Row i of `grads` is dL/dw of dL/d(2b - 1) = e_i:
+
+    g - mean(g) - z * <g, z> / 2, where g is e_i of sign, e_i * sign(z) of magnitudes.
+    """
+    for i, expected in enumerate(grads):
+        rows = torch.tensor([[-1.0, 0.0, 1.0]], dtype=torch.float64, requires_grad=True)
+        bw = BinarizeWeight.apply(rows, selection)
+        bw.backward(torch.eye(3, dtype=torch.float64)[i][None])
+        assert bw.tolist() == [bits]
+        assert rows.grad[0].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_bits_by_sign_pack_as_any_others() -> None:
+    torch.manual_seed(4)
+    model = nn.Sequential(SiMaNConv2d(9, 6, 3, padding=1, selection="sign")).eval()
+    x = torch.randn(2, 9, 7, 7)
+    expected, bits = model(x), model[0].bits()
+    freeze(model)
+    assert torch.equal(model(x), expected)
+    assert np.array_equal(unpack_weight_bits(model[0].weight_bits.numpy(), 9), bits.numpy())
+
+
+def test_bits_by_sign_are_never_clipped() -> None:
+    layer = SiMaNConv2d(4, 4, 3, selection="sign")
+    before = layer.weight.detach().clone()
+    layer.clip_weights_(15.0)
+    assert torch.equal(layer.weight, before)
+
+
 def test_from_float_keeps_device_and_dtype() -> None:
     assert SiMaNConv2d.from_float(pretrained_conv().double()).alpha.dtype == torch.float64
     assert SiMaNConv2d.from_float(pretrained_conv().to("meta")).weight.is_meta
@@ -182,9 +248,9 @@ def test_from_float_keeps_device_and_dtype() -> None:
 
 def test_bad_arguments_are_one_line() -> None:
     conv = pretrained_conv()
-    with pytest.raises(InputError, match=r"unknown initialisation 'xavier'; known: remap, copy"):
+    with pytest.raises(InputError, match=r"unknown initialisation 'xavier'; known: remap, copy, scratch"):
         SiMaNConv2d.from_float(conv, init="xavier")
-    with pytest.raises(InputError, match=r"unknown bit selection 'mean'; known: half, analytic"):
+    with pytest.raises(InputError, match=r"unknown bit selection 'mean'; known: half, analytic, sign"):
         SiMaNConv2d.from_float(conv, selection="mean")
     with pytest.raises(InputError, match="not a Conv2dSame"):
         SiMaNConv2d.from_float(Conv2dSame(2, 2, 3, stride=2))

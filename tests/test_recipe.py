@@ -19,7 +19,7 @@ from siman_convert.recipe import (
 
 
 def test_shipped_recipes_are_valid_and_explained() -> None:
-    assert set(shipped_recipes()) == {"demo", "finetune", "paper-cifar10", "paper-imagenet", "post-training"}
+    assert set(shipped_recipes()) == {"demo", "finetune", "paper-cifar10", "paper-imagenet", "post-training", "quick"}
     for name, summary in shipped_recipes().items():
         load_recipe(name)
         assert len(summary) > 30
@@ -31,11 +31,19 @@ def test_shipped_recipes_are_valid_and_explained() -> None:
 def test_the_authors_settings() -> None:
     cifar, imagenet = load_recipe("paper-cifar10"), load_recipe("paper-imagenet")
     assert (cifar.opt, cifar.lr, cifar.momentum, cifar.batch_size, cifar.epochs) == ("sgd", 0.1, 0.9, 256, 400)
-    assert (cifar.weight_decay, cifar.warmup_epochs) == (5e-4, 5)
+    assert (cifar.weight_decay, cifar.warmup_epochs) == (5e-4, 4)  # of 4 and then lr: the rates of their 5
     assert (imagenet.opt, imagenet.lr, imagenet.momentum, imagenet.batch_size, imagenet.epochs) == (
         "sgd", 0.1, 0.9, 512, 150,
     )  # fmt: skip
     assert (imagenet.weight_decay, imagenet.warmup_epochs) == (1e-4, 0)
+
+
+def test_the_measured_settings() -> None:
+    for name, epochs in (("finetune", 30), ("quick", 6)):
+        recipe = load_recipe(name)
+        assert (recipe.epochs, recipe.opt, recipe.lr, recipe.clip_percent) == (epochs, "adamw", 3e-3, 15.0)
+        assert (recipe.distill_weight, recipe.distill_temperature, recipe.label_weight) == (1.0, 4.0, 0.0)
+        assert (recipe.init, recipe.binarizer, recipe.final_calibration_images) == ("remap", "half", 4096)
 
 
 def test_precedence(tmp_path: Path) -> None:
@@ -65,6 +73,14 @@ def test_round_trip_and_digest() -> None:
         ({"hflip": 2}, r"hflip: .*less than or equal to 1"),
         ({"lr": float("nan")}, r"lr: "),
         ({"scale": [0.1]}, r"scale\.1: "),
+        ({"init": "xavier"}, r"init: .*'remap', 'copy' or 'scratch', got 'xavier'"),
+        ({"binarizer": "signs"}, r"binarizer: .*'half', 'analytic' or 'sign', got 'signs'"),
+        ({"distill_temperature": 0}, r"distill_temperature: .*greater than 0, got 0"),
+        ({"distill_weight": -1}, r"distill_weight: .*greater than or equal to 0, got -1"),
+        ({"label_weight": "some"}, r"label_weight: .*number.*got 'some'"),
+        ({"final_calibration_images": -1}, r"final_calibration_images: .*greater than or equal to 0"),
+        ({"distill_weight": 0, "label_weight": 0}, r"both 0: nothing to learn from"),
+        ({"distill_weight": 0, "label_weight": 1, "teacher": "resnet50"}, r"teacher 'resnet50' teaches nothing"),
     ],
 )
 def test_bad_fields_are_one_line(fields: dict[str, object], message: str) -> None:

@@ -30,15 +30,35 @@ def test_swaps_exactly_the_plan() -> None:
         assert model.eval()(torch.randn(1, 3, 64, 64)).isfinite().all()
 
 
-@pytest.mark.parametrize("init", ["remap", "copy"])
-@pytest.mark.parametrize("selection", ["half", "analytic"])
+@pytest.mark.parametrize("init", ["remap", "copy", "scratch"])
+@pytest.mark.parametrize("selection", ["half", "analytic", "sign"])
 def test_layer_options(init: str, selection: str) -> None:
     model = net()
     weight = model[2].weight.detach().clone()
     apply_plan(model, make_plan(model, input_size=(3, 16, 16)), init=init, selection=selection)
     assert isinstance(model[2], SiMaNConv2d)
     assert model[2].selection == selection
-    assert torch.equal(model[2].weight, weight) == (init == "copy")
+    assert torch.equal(model[2].weight, weight) == (init == "copy" or (init, selection) == ("remap", "sign"))
+
+
+def scratch(seed: int, keep: tuple[str, ...] = ()) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet")
+    torch.rand(seed)  # what else was drawn before does not matter
+    return apply_plan(model, make_plan(model, keep=keep), init="scratch", seed=seed)
+
+
+def test_scratch_depends_on_the_seed_and_the_layers_name() -> None:
+    first, again, other = scratch(1).state_dict(), scratch(1).state_dict(), scratch(2).state_dict()
+    layers = binary_layers(scratch(1))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    fresh = {f"{name}.{part}" for name in layers for part in ("weight", "alpha")}
+    assert {key for key in first if not torch.equal(first[key], other[key])} == fresh
+    kept = scratch(1, keep=(next(iter(layers)),))
+    assert list(binary_layers(kept)) == list(layers)[1:]
+    assert all(torch.equal(layer.weight, layers[name].weight) for name, layer in binary_layers(kept).items())
+    draws = {round(layer.weight[0, 0, 0, 0].item() * layer.weight[0].numel() ** 0.5, 5) for layer in layers.values()}
+    assert len(draws) == len(layers) > 1  # the same generator for all would start alike
 
 
 def test_dtype_training_and_requires_grad_stay() -> None:

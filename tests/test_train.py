@@ -157,6 +157,27 @@ def test_fit_scales_is_least_squares() -> None:
         assert binary[0].bias[k].item() == pytest.approx(offset, abs=1e-5)
 
 
+def test_fit_scales_leaves_no_scale_near_zero() -> None:
+    """Two channels whose bits say next to nothing of the output: of the fits a tenth of the median is the least."""
+    torch.manual_seed(3)
+    float_net = nn.Sequential(nn.Conv2d(6, 8, 3, bias=True))
+    binary = nn.Sequential(SiMaNConv2d.from_float(float_net[0]))
+    with torch.no_grad():
+        binary[0].weight[:2] = torch.randn(2, 6, 3, 3)
+    images = torch.randn(16, 6, 9, 9)
+    y = float_net(images).transpose(0, 1).flatten(1).detach().double()
+    o = binary[0].eval().unscaled(images).transpose(0, 1).flatten(1).double()
+    centred_o = o - o.mean(dim=1, keepdim=True)
+    fits = (centred_o * y).mean(dim=1) / centred_o.square().mean(dim=1)
+    floor = 0.1 * fits[fits > 0].median()
+    assert ((fits > 0) & (fits < floor)).any()
+    before = binary[0].alpha.detach().double()
+    fit_scales(float_net, binary, [images])
+    expected = torch.where(fits > 0, fits, before).clamp_min(floor)
+    assert torch.allclose(binary[0].alpha.double(), expected, rtol=1e-4)
+    assert torch.allclose(binary[0].bias.double(), y.mean(dim=1) - expected * o.mean(dim=1), atol=1e-5)
+
+
 def test_fit_scales_leaves_a_dead_channel_alone() -> None:
     float_net = nn.Sequential(nn.Conv2d(3, 2, 1, bias=False))
     nn.init.zeros_(float_net[0].weight)

@@ -63,6 +63,12 @@ def convert(
     momentum: Annotated[float | None, _option(help="Of sgd.")] = None,
     weight_decay: Annotated[float | None, _option(help="Never applied to binary layers.")] = None,
     warmup_epochs: Annotated[int | None, _option(help="Epochs of rising learning rate.")] = None,
+    distill_weight: Annotated[float | None, _option(help="Weight of the teacher's answers; 0: off.")] = None,
+    distill_temperature: Annotated[float | None, _option(help="Divides teacher's and student's logits.")] = None,
+    label_weight: Annotated[float | None, _option(help="Weight of the labels beside a teacher.")] = None,
+    teacher: Annotated[
+        str | None, _option(help="NAME (timm's pretrained) or NAME=FILE; without it: the model before conversion.")
+    ] = None,
     smoothing: Annotated[float | None, _option(help="Label smoothing.")] = None,
     mixup: Annotated[float | None, _option(help="Alpha of mixup; 0: off.")] = None,
     cutmix: Annotated[float | None, _option(help="Alpha of cutmix; 0: off.")] = None,
@@ -73,8 +79,8 @@ def convert(
     amp_dtype: Annotated[str | None, _option(help="bfloat16 or float16.")] = None,
     channels_last: Annotated[bool | None, _option("--channels-last/--no-channels-last", help="Memory format.")] = None,
     seed: Annotated[int | None, _option(help="Of everything random.")] = None,
-    init: Annotated[str | None, _option(help="remap or copy: how weights become magnitudes.")] = None,
-    binarizer: Annotated[str | None, _option(help="half or analytic: how magnitudes become bits.")] = None,
+    init: Annotated[str | None, _option(help="remap, copy or scratch: what latent weights start as.")] = None,
+    binarizer: Annotated[str | None, _option(help="half, analytic or sign: how weights become bits.")] = None,
     keep: Annotated[list[str], _option(help="Glob of convolutions to keep in full precision.")] = [],
     binarize: Annotated[list[str], _option(help="Glob of convolutions to binarize all the same.")] = [],
     img_size: Annotated[int | None, _option(panel=DATA, help="Input height and width.")] = None,
@@ -129,7 +135,7 @@ def convert(
                     model,
                     data or "digits",
                     recipe=wanted,
-                    weights=weights or "pretrained",
+                    weights=weights,
                     options=options,
                     watcher=terminal,
                 )

@@ -15,7 +15,6 @@ def runs(output: Output = RUNS, as_json: Json = False) -> None:
             info, recipe, progress = run.info(), run.recipe(), run.progress()
         except InputError as error:
             return {"name": run.name, "error": str(error)}
-        done = progress.epoch if progress.phase == "binary" else 0
         return {
             "name": run.name,
             "model": info.model,
@@ -23,7 +22,7 @@ def runs(output: Output = RUNS, as_json: Json = False) -> None:
             "phase": progress.phase,
             "epochs_done": progress.epoch,
             "epochs": recipe.epochs if progress.phase == "binary" else recipe.fp_epochs,
-            "finished": progress.best_top1 is not None and done == recipe.epochs,
+            "finished": progress.finished(recipe),
             "full_precision_top1": progress.top1("full-precision"),
             "best_top1": progress.best_top1,
             "exported": {path.name: path.stat().st_size for path in sorted(run.folder.glob("model.*"))},

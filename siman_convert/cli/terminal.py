@@ -82,7 +82,8 @@ class Terminal(Watcher):
     def end_epoch(self, record: dict[str, Any], epochs: int) -> None:
         """The line of an epoch; epoch 0 is the state before its phase trained anything."""
         self._drop_bar()
-        name = f"{record['phase']} {record['epoch']}/{epochs}" if record["epoch"] else f"{record['phase']} untrained"
+        stage = f"{record['epoch']}/{epochs}" if record["epoch"] else "untrained"
+        name = f"{record['phase']} {'re-estimated' if record.get('re_estimated') else stage}"
         trained = f"train loss {record['train_loss']:.3f}  lr {record['lr']:.2g}  " if "train_loss" in record else ""
         seconds = record.get("train_seconds", 0.0) + record["eval_seconds"]
         self.say(f"{name:<24} top-1 {record['top1']:.2f} %  loss {record['loss']:.3f}  {trained}{seconds:.0f} s")
