@@ -6,8 +6,9 @@
 namespace siman {
 namespace {
 
-constexpr size_t kSumBlock = 4096;      // elements that are summed together: part of the operator's meaning
-constexpr int64_t kTaskMacs = 1 << 23;  // of one bit; some ten microseconds
+constexpr size_t kSumBlock = 4096;       // elements that are summed together: part of the operator's meaning
+constexpr int64_t kTaskMacs = 1 << 23;   // of one bit; some ten microseconds, what makes a task worth handing out
+constexpr size_t kTaskFloats = 1 << 17;  // as many, of summing or packing
 
 // The mean of a sample, from its sums.
 float mean(const double* sums, size_t count, size_t elements) {

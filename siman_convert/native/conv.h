@@ -17,7 +17,6 @@ using Status = siman_status;
 constexpr int64_t kMaxElements = 2147483647;  // of X, W and Y, and the largest stride, pad or dilation
 constexpr int64_t kMaxTaps = 1 << 24;         // channels*kH*kW: integers up to here are exact in float32
 constexpr int64_t kMaxQuantizedTaps = 518;    // 518*255*127 < 2^24
-constexpr size_t kTaskFloats = 1 << 15;       // that a task before the convolution reads
 
 // The pool of the caller; without a function all is done in order on this thread.
 struct Pool {

@@ -8,8 +8,9 @@
 namespace siman {
 namespace {
 
-constexpr int64_t kTaskMacs = 1 << 22;  // some ten microseconds
-constexpr size_t kBeyond = 8;           // bytes after the image that kernels may read, and then do not use
+constexpr int64_t kTaskMacs = 1 << 22;    // some ten microseconds
+constexpr int64_t kTaskFloats = 1 << 15;  // as many, of quantizing
+constexpr size_t kBeyond = 8;             // bytes after the image that kernels may read, and then do not use
 
 }  // namespace
 
@@ -54,8 +55,7 @@ size_t QuantizedConv::packed_bytes(const Job& job) const {
 
 void QuantizedConv::pack(const Job& job) const {
   const int64_t height = image_size(job, 0), width = image_size(job, 1);
-  const auto task_floats = static_cast<int64_t>(kTaskFloats);
-  const int64_t rows = std::clamp(task_floats / width / geometry_.channels, int64_t{1}, height);
+  const int64_t rows = std::clamp(kTaskFloats / width / geometry_.channels, int64_t{1}, height);
   const int64_t bands = (height + rows - 1) / rows;
   for_each(job.pool, static_cast<size_t>(bands * job.samples), [&](size_t i) {
     const int64_t sample = static_cast<int64_t>(i) / bands, first = static_cast<int64_t>(i) % bands * rows;

@@ -101,6 +101,16 @@ def one_layer(channels=16, filters=8, size=6):
     } | attributes
 
 
+@pytest.mark.parametrize("threads", [0, 3])
+def test_samples_that_are_summed_and_packed_in_several_tasks(library, threads):
+    layer = one_layer(channels=66, size=71)  # 332,706 floats; a task takes 131,072
+    layer["X"] = draw_floats("cancelling", np.random.default_rng(1), layer["X"].shape)
+    expected = binary_conv2d(**layer)
+    for name, supported in library.variants().items():
+        if supported:
+            np.testing.assert_array_equal(library.conv(**layer, variant=name, threads=threads), expected)
+
+
 def test_the_first_supported_variant_is_the_default(library, monkeypatch):
     monkeypatch.delenv("SIMAN_ISA", raising=False)
     ran = []
