@@ -124,7 +124,8 @@ def shape(node: Node, name: str, dims: Sequence[int]) -> None:
 def dtype(node: Node, name: str, other: str) -> None:
     old = node.arrays[name]
     if old is not None:
-        node.arrays[name] = old.astype(other)
+        with np.errstate(invalid="ignore"):  # a NaN as an integer
+            node.arrays[name] = old.astype(other)
 
 
 def fill(node: Node, name: str, value: float) -> None:
