@@ -76,19 +76,20 @@ class PackedConv2d(nn.Module):
         """(N, C_in, H, W) -> (N, C_out, H', W'), float32."""
         if torch.onnx.is_in_onnx_export():
             return self._symbolic(x)
-        acc = integer_conv(x, self.weight_bits, self.channels, self.geometry)
+        acc = integer_conv(x, self.weight_bits, self.channels, self.geometry.on(self.kernel_size, x.shape[2:]))
         y = acc.mul_(self.scale.view(-1, 1, 1))
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
     def extra_repr(self) -> str:
         g = self.geometry
         shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={g.stride}"
-        return f"{shape}, pads={g.pads}, dilation={g.dilation}, groups={g.groups}, bias={self.bias is not None}"
+        pads = "same" if g.same else g.pads
+        return f"{shape}, pads={pads}, dilation={g.dilation}, groups={g.groups}, bias={self.bias is not None}"
 
     def _symbolic(self, x: Tensor) -> Tensor:
         """One siman.BinaryConv2d node; the ONNX export folds into it what follows."""
-        (left, right, top, bottom), (dy, dx) = self.geometry.pads, self.geometry.dilation
-        (sy, sx), (kh, kw) = self.geometry.stride, self.kernel_size
+        (sy, sx), (left, right, top, bottom), (dy, dx), *_ = self.geometry.on(self.kernel_size, x.shape[2:])
+        kh, kw = self.kernel_size
         height = output_size(x.shape[2], kh, sy, top, bottom, dy)
         width = output_size(x.shape[3], kw, sx, left, right, dx)
         ones = torch.ones_like(self.scale)

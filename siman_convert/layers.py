@@ -6,6 +6,7 @@ Weights are binarized by magnitude, not by sign (see `binarize`), so `weight` ho
 training needs. Nothing here decides when to clip, anneal or decay: that is the trainer's.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from siman_convert import binarize
 from siman_convert.binarize import Selection
 from siman_convert.errors import InputError
+from siman_convert.timm_convs import effective_weight, is_understood, pads_to_same, same_pads
 
 Init = Literal["remap", "copy", "scratch"]
 INITS: tuple[Init, ...] = get_args(Init)
@@ -28,13 +30,22 @@ class Geometry(NamedTuple):
     pads: tuple[int, int, int, int]
     dilation: tuple[int, int]
     groups: int
+    same: bool = False  # the pads depend on the map, as TensorFlow's SAME does; `on` knows them
+
+    def on(self, kernel_size: Sequence[int], size: Sequence[int]) -> "Geometry":
+        """The geometry of a kernel (kH, kW) on a map of `size` (H, W), with its pads."""
+        if not self.same:
+            return self
+        sides = zip(size, kernel_size, self.stride, self.dilation, strict=True)
+        (top, bottom), (left, right) = (same_pads(*side) for side in sides)
+        return self._replace(pads=(left, right, top, bottom), same=False)
 
 
 def geometry_of(conv: nn.Conv2d) -> Geometry:
-    """The geometry of a convolution; its padding may be "same" or "valid"."""
+    """The geometry of a convolution; its padding may be "same" or "valid", or timm's that depends on the map."""
     left, right, top, bottom = conv._reversed_padding_repeated_twice
     stride, dilation = cast("tuple[int, int]", conv.stride), cast("tuple[int, int]", conv.dilation)
-    return Geometry(stride, (left, right, top, bottom), dilation, conv.groups)
+    return Geometry(stride, (left, right, top, bottom), dilation, conv.groups, pads_to_same(conv))
 
 
 class SiMaNConv2d(nn.Conv2d):
@@ -42,19 +53,20 @@ class SiMaNConv2d(nn.Conv2d):
 
     Parameters: `weight` (C_out, C_in/groups, kH, kW), the latent weights; `alpha` (C_out,), one learned scale per output
     channel; `bias` (C_out,) or None, added after alpha. `selection` is how weights become bits: by magnitude (`half`,
-    `analytic`) or, to compare with, by `sign`.
+    `analytic`) or, to compare with, by `sign`. `same_pad`: pads as much as the map needs, as timm's Conv2dSame does.
 
     Training: threshold and statistics in float32 (float64 for float64 input) whatever autocast says.
     Eval: the threshold is the float64 mean rounded to float32, as in every runtime, and the integer convolution is exact.
     """
 
-    def __init__(self, *args: Any, selection: Selection = "half", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, selection: Selection = "half", same_pad: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
             raise InputError(f"SiMaNConv2d pads with zeros only, got padding_mode={self.padding_mode!r}")
         if selection not in binarize.SELECTIONS:
             raise InputError(f"unknown bit selection {selection!r}; known: {', '.join(binarize.SELECTIONS)}")
         self.selection: Selection = selection
+        self.same_pad = same_pad
         self.alpha = nn.Parameter(self._rows().detach().abs().mean(dim=1).to(self.weight.dtype))
 
     @classmethod
@@ -68,10 +80,11 @@ class SiMaNConv2d(nn.Conv2d):
         """A binary layer in place of `conv`; same shape, device, dtype, bias, training flag and requires_grad.
 
         `remap` gives latents whose bits follow the pretrained weights: of magnitudes by `binarize.remap_rows`, of signs the
-        weights themselves; alpha is the weights' projection on the bits. `copy` takes the weights as they are, which loses
+        weights themselves; alpha is the weights' projection on the bits. Of timm's weight-standardised convolutions these are the
+        weights that their forward convolves with. `copy` takes the weights as they are, which loses
         their signs to magnitudes, and `scratch` draws new ones from `generator` (torch's own when None); alpha = mean|w|.
         """
-        if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
+        if not isinstance(conv, nn.Conv2d) or not is_understood(conv):
             raise InputError(
                 f"SiMaNConv2d replaces an nn.Conv2d, not a {type(conv).__name__}, which convolves in its own way"
             )
@@ -90,8 +103,9 @@ class SiMaNConv2d(nn.Conv2d):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
             selection=selection,
+            same_pad=pads_to_same(conv),
         )
-        rows = conv.weight.detach().flatten(1)
+        rows = effective_weight(conv).flatten(1)
         with torch.no_grad():
             latents = _latents(rows, init, selection, generator)
             layer.weight.copy_(latents.view_as(layer.weight))
@@ -124,19 +138,23 @@ class SiMaNConv2d(nn.Conv2d):
         """The integer convolution of eval mode, before alpha and bias: (N, C_in, H, W) -> (N, C_out, H', W')."""
         bw = self.bits().to(x.dtype).mul_(2).sub_(1)
         ones = x.new_ones(self.out_channels)
-        y: Tensor = BinaryConv.apply(x, exact_mean(x), bw, ones, geometry_of(self), True)
+        y: Tensor = BinaryConv.apply(x, exact_mean(x), bw, ones, self._geometry(x), True)
         return y
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), in x's dtype, or autocast's."""
         threshold = batch_mean(x) if self.training else exact_mean(x)
         bw = BinarizeWeight.apply(self._rows(), self.selection).view_as(self.weight)
-        y: Tensor = BinaryConv.apply(x, threshold, bw, self.alpha, geometry_of(self), not self.training)
+        y: Tensor = BinaryConv.apply(x, threshold, bw, self.alpha, self._geometry(x), not self.training)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
 
     def extra_repr(self) -> str:
         base: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{base}, selection={self.selection}"
+        same = ", same_pad=True" if self.same_pad else ""
+        return f"{base}, selection={self.selection}{same}"
+
+    def _geometry(self, x: Tensor) -> Geometry:
+        return geometry_of(self).on(self.kernel_size, x.shape[2:])
 
     def _rows(self) -> Tensor:
         rows = self.weight.flatten(1)

@@ -24,6 +24,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
 from siman_convert.errors import InputError
+from siman_convert.timm_convs import is_understood
 from siman_convert.trace import Trace, image_readers, shortcut_convs, trace
 
 Count = Annotated[int, Field(ge=0)]
@@ -212,8 +213,7 @@ def _shortcut(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
 def _irreplaceable(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
     if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is parametrized, which is not supported yet"
-    own = type(conv).forward is not nn.Conv2d.forward or type(conv)._conv_forward is not nn.Conv2d._conv_forward
-    if own or "forward" in vars(conv):
+    if not is_understood(conv):
         return f"{type(conv).__name__} convolves in its own way, which is not supported yet"
     if any(p is not None and facts.sharers[id(p)] > 1 for p in conv._parameters.values()):
         return "it shares its weights with another module"
