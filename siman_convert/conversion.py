@@ -1,6 +1,6 @@
 """The main job: a timm model and images in; a trained, evaluated binary network in a run folder out.
 
-    checks (environment, data, plan, time)  ->  full-precision epochs  ->  conversion, calibration  ->  binary epochs
+    checks (environment, data, plan, export, time)  ->  full-precision epochs  ->  conversion, calibration  ->  binary epochs
 
 Everything is decided and checked before anything is written; from then on the run folder can be resumed at any moment.
 """
@@ -29,7 +29,7 @@ from siman_convert.files import disk_errors, replacing
 from siman_convert.guards import Stop, one_line_errors, stopping_on_signals
 from siman_convert.models import require_known
 from siman_convert.objective import Objective
-from siman_convert.preparation import Job, check_duration, check_environment, check_job, check_resumed_job
+from siman_convert.preparation import Job, check_duration, check_environment, check_export, check_job, check_resumed_job
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, require_usable, run_name
 from siman_convert.subjects import load_run_model
@@ -94,6 +94,8 @@ def convert(
         watcher = watcher if accelerator.is_main_process else Watcher()
         check_environment(accelerator.device, accelerator.num_processes, watcher)
         job = check_job(model, data, recipe, weights, options.workers, watcher)
+        stop.check(NOTHING_WRITTEN)
+        check_export(job, watcher)
         stop.check(NOTHING_WRITTEN)
         check_duration(job, accelerator.device, accelerator.num_processes, watcher)
         stop.check(NOTHING_WRITTEN)

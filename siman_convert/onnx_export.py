@@ -80,9 +80,30 @@ def _export(model: nn.Module, name: str, size: Size) -> ir.Model:
         except Exception as error:  # the exporter's errors share no base class
             cause = error.__cause__ or error  # its own text only says which step failed
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
-            raise SimanError(f"{name}: torch's ONNX exporter failed: {reason}") from error
+            module = _culprit(error, {id(module): path for path, module in model.named_modules()})
+            where = f"{name}: {module}" if module else name
+            raise SimanError(f"{where}: torch's ONNX exporter failed: {reason}") from error
     assert program is not None  # dynamo=True returns a program
     return program.model
+
+
+def _culprit(error: BaseException | None, paths: dict[int, str]) -> str:
+    """The innermost module (of `paths`: id -> name) that the exporter was at when `error` was raised; "" where it does not say.
+
+    Its messages do not name modules. But the frames of the traceback hold the module whose forward ran while the network was
+    captured, or the node of the captured graph that could not be translated, which knows where it came from.
+    """
+    if error is None:
+        return ""
+    found, trace = "", error.__traceback__
+    while trace:
+        for value in trace.tb_frame.f_locals.values():
+            if isinstance(value, nn.Module):
+                found = paths.get(id(value)) or found
+            elif isinstance(value, torch.fx.Node) and (stack := value.meta.get("nn_module_stack")):
+                found = str([*stack.values()][-1][0]).removeprefix("L['self'].") or found
+        trace = trace.tb_next
+    return found or _culprit(error.__cause__ or error.__context__, paths)
 
 
 def _store_as_half(graph: ir.Graph, names: set[str]) -> None:

@@ -1,4 +1,4 @@
-"""The numbered checks before a conversion: environment, data, plan, time. Nothing is written before all of them passed."""
+"""The numbered checks before a conversion: environment, data, plan, export, time. Nothing is written before all passed."""
 
 import math
 from dataclasses import dataclass
@@ -25,6 +25,7 @@ from siman_convert.recipe import Recipe
 from siman_convert.runs import Run
 from siman_convert.subjects import open_run_data
 from siman_convert.train import Data
+from siman_convert.trial import trial_export
 from siman_convert.watch import Watcher
 
 
@@ -119,8 +120,17 @@ def check_resumed_job(run: Run, workers: int, watcher: Watcher) -> Job:
     return job
 
 
+def check_export(job: Job, watcher: Watcher) -> None:
+    """Step 4 of a new run: the untrained network goes the way to a file and through ONNX Runtime."""
+    trial = trial_export(job.loaded.module, job.plan, job.preprocess, job.source.classes)
+    size = f"{trial.bytes / 1e6:.1f} MB"
+    watcher.stage(
+        4, "export", f"{trial.binary} binary and {trial.operators - trial.binary} other operators, {size}; runs"
+    )
+
+
 def check_duration(job: Job, device: torch.device, processes: int, watcher: Watcher) -> None:
-    """Step 4: how long the whole run will take."""
+    """Step 5: how long the whole run will take."""
     recipe = job.recipe
     steps = math.ceil(len(job.source.train) / (recipe.batch_size * recipe.grad_accum_steps * processes))
     phases = [("full-precision", recipe.fp_epochs, None), ("binary", recipe.epochs, job.plan)]
@@ -135,7 +145,7 @@ def check_duration(job: Job, device: torch.device, processes: int, watcher: Watc
                 step, taught = step + extra, f" ({spoken(extra)} of it the teacher's)"
             parts.append(f"{epochs} {name} epoch{plural} of {steps} steps at about {spoken(step)}{taught}")
             total += epochs * steps * step
-    watcher.stage(4, "time", f"{', then '.join(parts)}; about {spoken(total)} in all" if parts else "nothing to train")
+    watcher.stage(5, "time", f"{', then '.join(parts)}; about {spoken(total)} in all" if parts else "nothing to train")
 
 
 def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Run | None = None) -> nn.Module | None:

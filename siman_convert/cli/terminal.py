@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from siman_convert.watch import Watcher
 
-STEPS = 4  # of the check before training
+STEPS = 5  # of the check before training
 
 
 class Terminal(Watcher):
