@@ -14,14 +14,16 @@ So the totals equal the sum over the model's parameters and persistent buffers, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from siman_convert.layers import SiMaNConv2d
 from siman_convert.plans import ConvDecision, Plan, tap_count
+from siman_convert.timm_convs import CONVOLUTIONS
 from siman_convert.trace import Trace, trace
 
 MATRIX_PRODUCTS = "(matrix products)"
@@ -86,7 +88,7 @@ class Costs:
 def plan_costs(model: nn.Module, plan: Plan) -> Costs:
     """The figures of `plan` for `model`, which may be converted already (then `before` leaves the scales out)."""
     graph = trace(model, plan.input_size)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))}
     held = _bytes_by_layer(model, layers)
     decisions = {decision.name: decision for decision in plan.decisions}
     rows = [_layer_row(name, layer, decisions.get(name), graph, held[name]) for name, layer in layers.items()]
@@ -100,17 +102,16 @@ def plan_costs(model: nn.Module, plan: Plan) -> Costs:
     return Costs(tuple(rows))
 
 
-def _layer_row(
-    name: str, layer: nn.Conv2d | nn.Linear, decision: ConvDecision | None, graph: Trace, held: int
-) -> LayerCost:
+def _layer_row(name: str, layer: Any, decision: ConvDecision | None, graph: Trace, held: int) -> LayerCost:
     calls = graph.calls.get(name, ())
-    taps = tap_count(layer) if isinstance(layer, nn.Conv2d) else layer.in_features  # of one output element
+    linear = isinstance(layer, nn.Linear)
+    taps = layer.in_features if linear else tap_count(layer)  # of one output element
     macs = sum(prod(call.output_shape) for call in calls) * taps
     largest = max(calls, key=lambda call: prod(call.input_shape), default=None)
     binary = decision is not None and decision.binarize
     return LayerCost(
         name=name,
-        type="conv" if isinstance(layer, nn.Conv2d) else "linear",
+        type="linear" if linear else "conv",
         decision=decision,
         reason="not a convolution" if decision is None else decision.reason,
         input_shape=None if largest is None else largest.input_shape[1:],
@@ -128,7 +129,7 @@ def _packed_bytes(decision: ConvDecision, layer: nn.Module) -> int:
     return bits + 4 * decision.out_channels + (_size(bias) if isinstance(bias, Tensor) else 0)
 
 
-def _bytes_by_layer(model: nn.Module, layers: dict[str, nn.Conv2d | nn.Linear]) -> dict[str, int]:
+def _bytes_by_layer(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, int]:
     """Bytes of each layer's own tensors, "" has the rest; a tensor that two modules share counts for the first only."""
     held = {"": 0, **dict.fromkeys(layers, 0)}
     counted: set[int] = set()
@@ -141,7 +142,7 @@ def _bytes_by_layer(model: nn.Module, layers: dict[str, nn.Conv2d | nn.Linear]) 
     return held
 
 
-def _layer_of(owner: str, layers: dict[str, nn.Conv2d | nn.Linear]) -> str:
+def _layer_of(owner: str, layers: Mapping[str, nn.Module]) -> str:
     """The layer that `owner` is or lies in (a parametrized layer has children), or ""."""
     while owner and owner not in layers:
         owner = owner.rpartition(".")[0]

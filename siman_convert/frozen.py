@@ -72,6 +72,14 @@ class PackedConv2d(nn.Module):
         """Input channels of one group."""
         return self.in_channels // self.geometry.groups
 
+    @property
+    def weight(self) -> Tensor:
+        """For networks that ask a convolution's weight for its device, dtype or shape; of float32, and no memory of its own.
+
+        None asks for the values: a convolution whose weight is read from outside stays in full precision.
+        """
+        return self.scale.view(-1, 1, 1, 1).expand(-1, self.channels, *self.kernel_size)
+
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), float32."""
         if torch.onnx.is_in_onnx_export():

@@ -8,6 +8,7 @@ import difflib
 import fnmatch
 import importlib.resources
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,12 +18,28 @@ from siman_convert.errors import InputError
 from siman_convert.files import write_text
 
 FILE = "models.jsonl"  # one row a line, sorted by name
+COVERAGE = "coverage.jsonl"  # likewise, what became of the models that `python tests/sweep` took all the way
+STAGES = ("plan", "convert", "train", "freeze", "safetensors", "onnx", "operators", "network")
 Row = dict[str, Any]
 
 
 def read_table() -> list[Row]:
-    """The shipped rows: name, convolutions, binarized, timm_hub (see `has_weights_on_timm_hub`)."""
-    text = (importlib.resources.files("siman_convert") / FILE).read_text(encoding="utf-8")
+    """The shipped rows: name, family (`family_of`), convolutions, binarized, parameters, timm_hub (`has_weights_on_timm_hub`)."""
+    return _read(FILE)
+
+
+def read_coverage() -> dict[str, Row]:
+    """The rows of the sweep by model.
+
+    name, family; convolutions, binarized, kept (reason -> convolutions), binary_macs (share, 0 to 1), input_size (C, H, W);
+    stages (each of STAGES that was reached -> "passed", or what went wrong), outcome ("passed", "failed", "nothing to
+    binarize"), operators of the ONNX graph, outputs_compared bit by bit, seconds of one core.
+    """
+    return {row["name"]: row for row in _read(COVERAGE)}
+
+
+def _read(file: str) -> list[Row]:
+    text = (importlib.resources.files("siman_convert") / file).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
 
 
@@ -37,6 +54,28 @@ def matching(rows: Sequence[Row], pattern: str) -> list[Row]:
     return [row for row in rows if row["name"] in chosen]
 
 
+def swept(row: Row, coverage: dict[str, Row]) -> Row | None:
+    """What the sweep found of a model, else of one of its family, one that failed first; None: of neither."""
+    family = [other for other in coverage.values() if other["family"] == row["family"]]
+    return coverage.get(row["name"]) or min(family, key=lambda other: other["outcome"], default=None)
+
+
+def family_of(name: str) -> str:
+    """`module/word`: what the module of timm that an architecture is in calls by one word, whatever the size.
+
+    `resnet/resnet` of resnet18 and resnet200d; resnet/seresnext, regnet/regnetx, efficientnet/tf_efficientnetv2.
+    """
+    from timm.models._registry import _model_to_module
+
+    words = name.split("_")
+    count = 2 if words[0] in ("tf", "legacy", "wide", "dm") and len(words) > 1 else 1
+    last = re.match(
+        r"[a-z0-9]*?v\d|[a-z]+(?=\d+[a-z]*$)|.*", words[count - 1]
+    )  # the v2 of resnetv2 stays, resnet18's size not
+    assert last
+    return f"{_model_to_module[name]}/{'_'.join([*words[: count - 1], last.group()])}"
+
+
 def make_row(name: str) -> Row:
     """Plan one architecture with random weights, as it is in timm."""
     import timm
@@ -49,7 +88,8 @@ def make_row(name: str) -> Row:
         model = timm.create_model(name)
     plan = make_plan(model, name=name)
     counts = {"convolutions": len(plan.decisions), "binarized": len(plan.binarized)}
-    return {"name": name, **counts, "timm_hub": has_weights_on_timm_hub(name)}
+    counts["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+    return {"name": name, "family": family_of(name), **counts, "timm_hub": has_weights_on_timm_hub(name)}
 
 
 def has_weights_on_timm_hub(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which convolutions of a model become binary, and why: one decision with a reason for every Conv2d. Changes nothing.
+"""Which convolutions of a model become binary, and why: one decision with a reason for each. Changes nothing.
 
 The rules look at the shape-tracing forward (`trace.py`) and at the modules, never at names. The first that applies
 decides: what the user asked for, what the network was designed for, then what gains nothing or costs too much accuracy
@@ -24,7 +24,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import nn
 
 from siman_convert.errors import InputError
-from siman_convert.timm_convs import is_understood
+from siman_convert.timm_convs import CONVOLUTIONS, is_understood
 from siman_convert.trace import Trace, image_readers, shortcut_convs, trace
 
 Count = Annotated[int, Field(ge=0)]
@@ -34,7 +34,7 @@ Size = tuple[Count, Count, Count]  # (C, H, W)
 
 @dataclass(frozen=True)
 class ConvDecision:
-    """What happens to one Conv2d; shapes are (C, H, W) of its largest call, None if it is never called."""
+    """What happens to one convolution; shapes are (C, H, W) of its largest call, None if it is never called."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -56,7 +56,7 @@ class ConvDecision:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for every Conv2d of a model, in the model's own order."""
+    """The decisions for every convolution of a model, in the model's own order."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
@@ -102,13 +102,13 @@ def make_plan(
     keep: Sequence[str] = (),
     binarize: Sequence[str] = (),
 ) -> Plan:
-    """Decide for every Conv2d of `model`; `keep` and `binarize` are globs on module names and go before all rules.
+    """Decide for every convolution of `model`; `keep` and `binarize` are globs on module names and go before all rules.
 
     `input_size` (C, H, W) defaults to the size in the model's timm configuration. A model may have an attribute
     `binary_by_design`, glob -> whether, which goes before the rules, too; what cannot be binary is left to them.
     """
     size = input_size or native_input_size(model)
-    convs = {path: module for path, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    convs: dict[str, Any] = {path: module for path, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
     kept, asked = _matches(keep, convs, "keep"), _matches(binarize, convs, "binarize")
     design: Mapping[str, bool] = getattr(model, "binary_by_design", {})
     graph = trace(model, size)
@@ -211,6 +211,8 @@ def _shortcut(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
 
 
 def _irreplaceable(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
+    if not isinstance(conv, nn.Conv2d):
+        return f"{type(conv).__name__} mixes another weight for every image"
     if parametrize.is_parametrized(conv) or "weight" not in conv._parameters:
         return "its weight is parametrized, which is not supported yet"
     if not is_understood(conv):

@@ -8,10 +8,11 @@ ScaledStdConv2d, ScaledStdConv2dSame    the same times gain / sqrt(fan-in) (arXi
 from __future__ import annotations
 
 import torch
-from timm.layers import Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from timm.layers import CondConv2d, Conv2dSame, ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv2d, CondConv2d)
 _SCALED = (ScaledStdConv2d, ScaledStdConv2dSame)
 _STANDARDISED = (StdConv2d, StdConv2dSame, *_SCALED)
 _FORWARDS = {cls.forward for cls in (nn.Conv2d, Conv2dSame, *_STANDARDISED)}

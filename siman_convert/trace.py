@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from siman_convert.errors import InputError
+from siman_convert.timm_convs import CONVOLUTIONS
 
 Shape = tuple[int, ...]
 Kind = Literal[
@@ -82,7 +83,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a Conv2d or Linear module."""
+    """One call of a convolution or Linear module."""
 
     input_shape: Shape
     output_shape: Shape
@@ -90,7 +91,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Trace:
-    """The dataflow graph of one image and, for every Conv2d and Linear by name, its calls."""
+    """The dataflow graph of one image and, for every convolution and Linear by name, its calls."""
 
     input_size: tuple[int, int, int]
     nodes: tuple[Node, ...]  # topological order; nodes[0] is the image
@@ -185,7 +186,7 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             while self.running.pop() != name:  # a forward that caught an exception leaves entries behind
                 pass
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, (*CONVOLUTIONS, nn.Linear)):
                 source = args[0] if args else kwargs["input"]
                 self.calls.setdefault(name, []).append(Call(tuple(source.shape), tuple(result.shape)))
 

@@ -124,21 +124,21 @@ def verify_file(
     preprocess = file.description.preprocess
     core = _without_preprocessing(file.model) if file.variant.takes_images else file.model
     layers = {node.name: node.input[0] for node in binary_nodes(core)}
-    tapped = _tapped(core)
-    ort = _graph_runner(native.open_session(tapped.SerializeToString()).run, layers)
+    tapped = tapped_graph(core)
+    ort = graph_runner(native.open_session(tapped.SerializeToString()).run, layers)
     batches = _images(source, eval_transform(preprocess), BATCH, images)
     first = next(batches)
     operators = list(check_operators(core, tapped, first[:OPERATOR_IMAGES]))
-    numpy = _graph_runner(reference.evaluator(tapped).run, layers)
-    models = [_compare(("reference", "onnxruntime"), numpy, ort, [first[:REFERENCE_IMAGES]], list(layers), watcher)]
+    numpy = graph_runner(reference.evaluator(tapped).run, layers)
+    models = [compare(("reference", "onnxruntime"), numpy, ort, [first[:REFERENCE_IMAGES]], list(layers), watcher)]
     if packed is not None:
         watcher.start_evaluation(images)
         rest = _with(first, batches)
-        models.append(_compare(("torch", "onnxruntime"), _torch_runner(packed), ort, rest, list(layers), watcher))
+        models.append(compare(("torch", "onnxruntime"), torch_runner(packed), ort, rest, list(layers), watcher))
     pixels = _pixel_difference(file, source) if file.variant.takes_images else None
     failures = [line for check in operators for line in check.failures()]
     failures += [] if packed is None else _different_weights(core, packed)
-    failures += [] if file.variant.int8 else [line for check in models for line in _model_failures(check)]
+    failures += [] if file.variant.int8 else [line for check in models for line in model_failures(check)]
     if pixels is not None and pixels > PIXELS:
         failures.append(f"preprocessing: a pixel differs by {pixels:.2f} of 255 from evaluation's, more than {PIXELS}")
     return Verification(operators, models, pixels, failures)
@@ -219,7 +219,7 @@ def different_tensors(packed: nn.Module, trained: nn.Module) -> list[str]:
 # The whole model
 
 
-def _compare(
+def compare(
     backends: tuple[str, str],
     a: Runner,
     b: Runner,
@@ -227,6 +227,7 @@ def _compare(
     layers: list[str],
     watcher: Watcher,
 ) -> ModelCheck:
+    """Two backends on the same batches: the signs of every input of `layers`, in the graph's order, and the logits."""
     check = ModelCheck(backends, [LayerFlips(layer) for layer in layers])
     for images in batches:
         (logits_a, taps_a), (logits_b, taps_b) = a(images), b(images)
@@ -262,7 +263,8 @@ def _compare_logits(check: ModelCheck, a: Tensor, b: Tensor, flipped: Tensor) ->
     check.largest_difference = max([check.largest_difference, *share[kept].tolist()])
 
 
-def _model_failures(check: ModelCheck) -> Iterator[str]:
+def model_failures(check: ModelCheck) -> Iterator[str]:
+    """A line for each bound that two backends do not keep."""
     first, second = check.backends
     for index, flips in enumerate(check.layers):
         if flips.unexplained:
@@ -291,7 +293,9 @@ def _different_weights(model: onnx.ModelProto, packed: nn.Module) -> Iterator[st
     yield from (f"{name}: not in the file" for name in layers if name not in seen)
 
 
-def _torch_runner(packed: nn.Module) -> Runner:
+def torch_runner(packed: nn.Module) -> Runner:
+    """The packed torch model, for `compare`."""
+
     @torch.no_grad()
     def run(images: Tensor) -> tuple[Tensor, Taps]:
         taps: Taps = {}
@@ -312,7 +316,7 @@ def _torch_runner(packed: nn.Module) -> Runner:
     return run
 
 
-def _graph_runner(run: Callable[..., Any], layers: dict[str, str]) -> Runner:
+def graph_runner(run: Callable[..., Any], layers: dict[str, str]) -> Runner:
     """`run` is a session's or an evaluator's: (output names, feeds); `layers`: the value each one reads."""
     values = sorted({value for value in layers.values() if value != INPUT})
 
@@ -326,7 +330,7 @@ def _graph_runner(run: Callable[..., Any], layers: dict[str, str]) -> Runner:
     return runner
 
 
-def _tapped(model: onnx.ModelProto) -> onnx.ModelProto:
+def tapped_graph(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy that also puts out what every operator of ours reads."""
     tapped = onnx.ModelProto()
     tapped.CopyFrom(model)

@@ -1,11 +1,20 @@
-"""Real images for every test that needs some: scikit-learn's digits as MNIST-style files."""
+"""Real images for every test that needs some: scikit-learn's digits as MNIST-style files. One trial export for equal plans."""
 
+import json
 import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
+from torch import nn
+
+from siman_convert import preparation
+from siman_convert.data import Preprocess
+from siman_convert.plans import Plan
+from siman_convert.trial import Trial, trial_export
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:
@@ -23,3 +32,20 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_idx(folder / f"{name}-images-idx3-ubyte", images[part])
         write_idx(folder / f"{name}-labels-idx1-ubyte", labels[part])
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def trials_once() -> Iterator[None]:
+    """torch's exporter takes seconds, and every conversion tries it: what it says depends on shapes alone, so ask it once."""
+    asked: dict[str, Trial] = {}
+
+    def ask(model: nn.Module, plan: Plan, preprocess: Preprocess, classes: tuple[str, ...]) -> Trial:
+        shapes: list[Any] = [(name, list(tensor.shape)) for name, tensor in model.state_dict().items()]
+        key = json.dumps([plan.to_dict(), preprocess.to_dict(), classes, shapes])
+        if key not in asked:
+            asked[key] = trial_export(model, plan, preprocess, classes)
+        return asked[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparation, "trial_export", ask)
+        yield

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from siman_convert.cli import run as siman
-from siman_convert.model_table import make_row, read_table
+from siman_convert.model_table import STAGES, make_row, read_coverage, read_table
 from siman_convert.models import create
 from siman_convert.runs import Run
 
@@ -288,13 +288,49 @@ def test_recipes_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 def test_models_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert siman(["models", "resnet1*", "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["models"]}
-    assert rows["resnet18"] == {"name": "resnet18", "convolutions": 20, "binarized": 16, "timm_hub": True}
+    swept = rows["resnet18"].pop("swept")
+    known = {
+        "name": "resnet18",
+        "family": "resnet/resnet",
+        "convolutions": 20,
+        "binarized": 16,
+        "parameters": 11_689_512,
+    }
+    assert rows["resnet18"] == {**known, "timm_hub": True}
+    assert swept["stages"] == dict.fromkeys(STAGES, "passed")
+    assert swept["kept"] == {"1x1 residual shortcut": 3, "stem: reads the image": 1}
+    assert rows["resnet101"]["swept"]["family"] == "resnet/resnet"  # stood for by a smaller one
     assert siman(["models", "resnett18"]) == 2
     assert "did you mean resnet18" in last_line(capsys)
 
 
+def test_models_command_shows_what_the_sweep_found(capsys: pytest.CaptureFixture[str]) -> None:
+    assert siman(["models", "resnet18*"]) == 0
+    header, plain, deep = capsys.readouterr().out.splitlines()
+    assert header.split("  ")[-1] == "from plan to ONNX"
+    assert plain.split() == ["resnet18", "20", "16", "92.4", "%", "passed"]
+    assert deep.split() == ["resnet18d", "22", "18", "-", "passed", "as", "resnet18"]
+    assert siman(["models", "vit_tiny_patch16_224"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split() == ["vit_tiny_patch16_224", "1", "-", "-", "-"]
+
+
+def test_a_failure_of_the_sweep_is_shown_with_its_stage(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wrong = {"name": "resnet34", "family": "resnet/resnet", "stages": {"plan": "passed", "onnx": "no Conv"}}
+    coverage = {"resnet18": read_coverage()["resnet18"], "resnet34": {**wrong, "outcome": "failed"}}
+    monkeypatch.setattr("siman_convert.model_table.read_coverage", lambda: coverage)
+    lines = {}
+    for name in ("resnet18", "resnet34", "resnet50"):
+        assert siman(["models", name]) == 0
+        lines[name] = capsys.readouterr().out.splitlines()[1]
+    assert lines["resnet18"].endswith("passed")
+    assert lines["resnet34"].endswith("failed at onnx: no Conv")
+    assert lines["resnet50"].endswith("failed as resnet34 at onnx: no Conv")
+
+
 @pytest.mark.parametrize(
-    "name", ["resnet18", "test_vit", "regnetx_002", "mobilenetv3_small_050", "dla34", "ghostnet_050"]
+    "name", ["resnet18", "test_vit", "regnetx_002", "mobilenetv3_small_050", "dla34", "nf_resnet26"]
 )
 def test_the_shipped_table_is_what_the_plan_says(name: str) -> None:
     assert make_row(name) in read_table()

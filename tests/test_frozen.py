@@ -255,3 +255,34 @@ def test_integer_conv_without_center_compares_with_zero() -> None:
     plus_one, geometry = torch.ones(1, 1, 1, 1, dtype=torch.uint8), Geometry((1, 1), (0,) * 4, (1, 1), 1)
     assert integer_conv(x, plus_one, 1, geometry).flatten().tolist() == [-1, -1, 1, 1]
     assert integer_conv(x, plus_one, 1, geometry, center=False).flatten().tolist() == [1, 1, 1, 1]
+
+
+class Positions(nn.Module):
+    """As timm's PositionalEncodingFourier: a table goes through the convolution, made where the weight is and as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.projection = nn.Conv2d(3, 8, 3), nn.Conv2d(4, 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, like = self.stem(x), self.projection.weight
+        table = (
+            torch.arange(4.0, device=like.device)
+            .to(like.dtype)
+            .view(1, 4, 1, 1)
+            .expand(-1, like.shape[1], *x.shape[2:])
+        )
+        return x + self.projection(table + x[:, :4])
+
+
+def test_a_network_may_ask_a_packed_layer_for_the_kind_of_its_weight() -> None:
+    model = Positions()
+    plan = make_plan(model, input_size=(3, 9, 9))
+    assert plan.binarized == ["projection"]
+    model, x = apply_plan(model, plan).eval(), torch.randn(2, 3, 9, 9)
+    expected = model(x)
+    packed = freeze(model)
+    assert torch.equal(packed(x), expected)
+    layer = packed.projection
+    assert (layer.weight.shape, layer.weight.dtype) == ((8, 4, 1, 1), torch.float32)
+    assert "projection.weight" not in packed.state_dict()

@@ -226,6 +226,11 @@ def test_family_exactly(name: str, expected: dict[str, str]) -> None:
             "resnetv2_50x1_bit",
             {STEM: 1, SHORTCUT: 4, "the classifier": 1},
         ),
+        (
+            "efficientnet_cc_b0_4e",
+            {STEM: 1, GATE: 32, "CondConv2d mixes another weight for every image": 16,
+             "depthwise: 9 taps a filter": 7, "depthwise: 25 taps a filter": 9},
+        ),
         ("legacy_xception", {STEM: 1, SHORTCUT: 4, "depthwise: 9 taps a filter": 34}),
         ("coatnet_nano_rw_224", {STEM: 1, SHORTCUT: 3, "depthwise: 9 taps a filter": 7, GATE: 14}),
         ("ghostnet_100", {STEM: 1, SHORTCUT: 5}),

@@ -113,7 +113,7 @@ def test_convert_refuses_it_before_anything_is_written(
 def test_dry_run_says_what_the_file_would_be(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(preparation, "trial_export", trial_export)
+    monkeypatch.setattr(preparation, "trial_export", trial_export)  # not what another test was told
     command = ["convert", "test_resnet", "--data", str(digits), "--weights", "none", "--device", "cpu", "-b", "8"]
     assert siman([*command, "--output", str(tmp_path / "runs"), "--dry-run"]) == 0
     out = capsys.readouterr().out

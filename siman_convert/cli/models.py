@@ -1,6 +1,6 @@
-"""`siman models`: timm's architectures and what a plan makes of each, from a table shipped with the package."""
+"""`siman models`: timm's architectures, what a plan makes of each and how far it came, from tables shipped with the package."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,14 +11,26 @@ def models(
     pattern: Annotated[str, typer.Argument(help="A glob such as 'resnet*', or part of a name; default: all.")] = "*",
     as_json: Json = False,
 ) -> None:
-    """List timm models and how much of each becomes binary."""
-    from siman_convert.model_table import matching, read_table
+    """List timm models, how much of each becomes binary, and whether every stage passed for it or for one of its family."""
+    from siman_convert.model_table import matching, read_coverage, read_table, swept
 
-    rows = matching(read_table(), pattern)
+    coverage = read_coverage()
+    rows = [{**row, "swept": swept(row, coverage)} for row in matching(read_table(), pattern)]
     if as_json:
         print_json({"models": rows})
         return
     width = max(len(row["name"]) for row in rows)
-    print(f"{'model':{width}}  convolutions  become binary")
+    print(f"{'model':{width}}  convolutions  become binary  1-bit MACs  from plan to ONNX")
     for row in rows:
-        print(f"{row['name']:{width}}  {row['convolutions']:12}  {row['binarized'] or '-':>13}")
+        found = row["swept"]
+        own = found and found["name"] == row["name"]
+        share = f"{100 * found['binary_macs']:.1f} %" if own and row["binarized"] and "binary_macs" in found else "-"
+        outcome = _outcome(found, own) if row["binarized"] else "-"
+        print(f"{row['name']:{width}}  {row['convolutions']:12}  {row['binarized'] or '-':>13}  {share:>10}  {outcome}")
+
+
+def _outcome(found: dict[str, Any] | None, own: bool) -> str:
+    if found is None:
+        return "-"
+    wrong = next((f" at {stage}: {text}" for stage, text in found["stages"].items() if text != "passed"), "")
+    return f"{found['outcome']}{'' if own else ' as ' + found['name']}{wrong}"
