@@ -69,9 +69,10 @@ def family_of(name: str) -> str:
 
     words = name.split("_")
     count = 2 if words[0] in ("tf", "legacy", "wide", "dm") and len(words) > 1 else 1
-    last = re.match(
-        r"[a-z0-9]*?v\d|[a-z]+(?=\d+[a-z]*$)|.*", words[count - 1]
-    )  # the v2 of resnetv2 stays, resnet18's size not
+    sizeless = (
+        r"[a-z0-9]*?v\d|.*?[a-z](?=\d+[a-z]{0,2}\d*$)|.*"  # the v2 of resnetv2 stays, the 18 of resnet18 does not
+    )
+    last = re.match(sizeless, words[count - 1])
     assert last
     return f"{_model_to_module[name]}/{'_'.join([*words[: count - 1], last.group()])}"
 

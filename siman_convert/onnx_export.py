@@ -71,7 +71,7 @@ def build_float_onnx(model: nn.Module, name: str, size: Size) -> onnx.ModelProto
 def _export(model: nn.Module, name: str, size: Size) -> ir.Model:
     batch = torch.export.Dim("batch")
     image = torch.zeros(2, *size)
-    with _quiet(), torch.no_grad():
+    with _quiet(), _plain_attention(model), torch.no_grad():
         try:
             program = torch.onnx.export(
                 model.cpu().eval(), (image,), dynamo=True, optimize=False, verbose=False, opset_version=OPSET,
@@ -188,6 +188,19 @@ def binary_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 def operator_nodes(model: onnx.ModelProto) -> list[onnx.NodeProto]:
     """The nodes of all operators of ours, siman.BinaryConv2d and siman.QuantizedConv2d, in the graph's order."""
     return [node for node in model.graph.node if node.domain == DOMAIN]
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """timm's attention as matrix products and softmax: of the fused operator torch translates 4 dimensions only, NesT has 5."""
+    fused: list[Any] = [module for module in model.modules() if getattr(module, "fused_attn", False) is True]
+    for module in fused:
+        module.fused_attn = False
+    try:
+        yield
+    finally:
+        for module in fused:
+            module.fused_attn = True
 
 
 @contextmanager

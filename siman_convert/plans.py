@@ -179,6 +179,12 @@ def _unreached(path: str, _conv: nn.Conv2d, facts: _Facts) -> str | None:
     return "never reached by the forward"
 
 
+def _constant(path: str, _conv: nn.Conv2d, facts: _Facts) -> str | None:
+    """Of a table of positions, say: left as it is, the whole convolution is computed at export, and then never again."""
+    seen = any(node.kind == "conv" and node.module == path for node in facts.graph.nodes)
+    return None if seen else "its input does not depend on the image"
+
+
 def _classifier(_path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
     return "the classifier" if id(conv) in facts.classifiers else None
 
@@ -230,7 +236,7 @@ def _irreplaceable(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
     return None
 
 
-_RULES: tuple[_Rule, ...] = (_unreached, _classifier, _stem, _depthwise, _no_map, _shortcut, _irreplaceable)
+_RULES: tuple[_Rule, ...] = (_unreached, _classifier, _stem, _depthwise, _no_map, _shortcut, _irreplaceable, _constant)
 
 
 def _impossible(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
@@ -239,7 +245,7 @@ def _impossible(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
         return "a filter has one weight"
     if any(call.input_shape[-3:] == (1, 1, 1) for call in facts.graph.calls.get(path, ())):
         return "its input is a single number"
-    return _unreached(path, conv, facts) or _irreplaceable(path, conv, facts)
+    return _unreached(path, conv, facts) or _irreplaceable(path, conv, facts) or _constant(path, conv, facts)
 
 
 def _by_design(path: str, conv: nn.Conv2d, design: Mapping[str, bool], facts: _Facts) -> bool | None:

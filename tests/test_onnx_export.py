@@ -400,3 +400,35 @@ def test_weights_in_the_file_unpack_to_the_layers_signs(hand: Export) -> None:
     # The tap at (1, 3) of the output at (0, 2) reads x at (1, 4); that at (0, 0) reads x at (0, 1): all +1.
     expected = layer.scale.numpy() * signs.sum((1, 2, 3))
     np.testing.assert_allclose(y[0, :, 0, 2].numpy(), expected, rtol=1e-6)
+
+
+class Blockwise(nn.Module):
+    """Attention inside blocks of the map, as NesT's and Twins': five dimensions, of which torch translates four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv, self.head = nn.Conv2d(3, 8, 4, stride=4), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+        self.fused_attn = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.stem(x)).relu()
+        q = x.reshape(-1, 2, 4, 2, 8).transpose(-2, -1)  # batch, heads, blocks, positions, channels
+        if self.fused_attn:
+            y = torch.nn.functional.scaled_dot_product_attention(q, q, q)
+        else:
+            y = (q * q.shape[-1] ** -0.5 @ q.transpose(-2, -1)).softmax(dim=-1) @ q
+        return self.head(y.reshape(x.shape[0], 8, -1).mean(-1))
+
+
+def test_fused_attention_is_written_out_for_the_export_alone() -> None:
+    torch.manual_seed(0)
+    model, size = Blockwise(), (3, 16, 16)
+    plan = make_plan(model, name="blockwise", input_size=size)
+    assert plan.binarized == ["conv"]
+    packed = describe(freeze(apply_plan(model, plan)), pm.description(plan, size, 5))
+    x = pm.images(3, *size)
+    expected = pm.run_torch(packed, x)
+    graph = pm.export(packed).model
+    assert packed.fused_attn
+    found = pm.ort_session(graph).run(None, {"input": x.numpy()})[0]
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE)

@@ -104,6 +104,11 @@ class Holder(nn.Module):
         (lambda _, x: x, "never reached by the forward"),
         (lambda m, x: F.conv2d(x, m.conv.weight), "not called itself: another module computes with its weights"),
         (lambda m, x: m.conv(x) * m.conv.weight.mean(), "its weights are also read from outside"),
+        (lambda m, x: x + m.conv(torch.ones_like(x[:, :1]).expand(-1, 8, -1, -1).cumsum(2)).mean(), ""),
+        (
+            lambda m, x: x + m.conv(torch.ones(1, 8, 9, 9, device=x.device)).mean(),
+            "its input does not depend on the image",
+        ),
     ],
 )
 def test_convolution_not_used_as_a_module(use: Callable[[Holder, Tensor], Tensor], reason: str) -> None:

@@ -25,7 +25,7 @@ from siman_convert.calibrate import estimate_batch_norm
 from siman_convert.costs import plan_costs
 from siman_convert.data import Preprocess
 from siman_convert.description import Description, describe
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, SimanError
 from siman_convert.frozen import freeze
 from siman_convert.model_table import STAGES, Row, family_of
 from siman_convert.models import create
@@ -73,7 +73,7 @@ def sweep_model(name: str, side: int | None = None, last: str = STAGES[-1]) -> R
             _STAGE[stage](name, side, row, made)
             passed[stage] = "passed"
         except Exception as error:  # whatever it is belongs into the row
-            text = str(error) if isinstance(error, StageError | InputError) else f"{type(error).__name__}: {error}"
+            text = str(error) if isinstance(error, StageError | SimanError) else f"{type(error).__name__}: {error}"
             passed[stage] = " ".join(text.split())[:300]
             break
         if not row["binarized"]:
@@ -126,11 +126,18 @@ def _convert(name: str, _side: int | None, _row: Row, made: dict[str, Any]) -> N
 
 @torch.no_grad()
 def _wake(model: nn.Module) -> None:
-    """Scales, those of norms and of branches, of both signs and away from zero."""
+    """Scales, those of norms and of branches, of both signs and away from zero; nothing else zero, and biases small.
+
+    EdgeNeXt draws large biases: what is added for every image alike drowns what an image is.
+    """
     for path, parameter in model.named_parameters():
-        if parameter.squeeze().ndim <= 1 and not path.endswith("bias"):
+        if path.endswith("bias"):
+            nn.init.normal_(parameter, std=0.1)
+        elif parameter.squeeze().ndim <= 1:
             signs = torch.randint(0, 2, parameter.shape) * 2 - 1
             parameter.copy_(torch.empty_like(parameter).uniform_(0.3, 1.2) * signs)
+        elif not parameter.any():  # a classifier that starts at zero
+            nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
 
 
 def _logits(model: nn.Module, images: Tensor) -> Tensor:
