@@ -33,8 +33,8 @@ from siman_convert.preparation import Job, check_duration, check_environment, ch
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, require_usable, run_name
 from siman_convert.subjects import load_run_model
-from siman_convert.surgery import apply_plan
-from siman_convert.train import Phase, PhaseName, save_weights
+from siman_convert.surgery import apply_plan, binary_layers
+from siman_convert.train import Phase, Span, save_weights
 from siman_convert.watch import Watcher
 
 CALIBRATION_BATCH = 64  # images; statistics are averaged over batches, so this is not the training batch
@@ -160,33 +160,45 @@ def _train(job: Job, run: Run, options: Options, watcher: Watcher, stop: Stop) -
             f"{run.folder} was stopped within an epoch of {progress.processes} processes; go on with as many, not {processes}"
         )
 
-    def phase(name: PhaseName, model: nn.Module) -> Phase:
+    def phase(span: Span, model: nn.Module) -> Phase:
         accelerator = _accelerator(job.recipe, options.device)
-        objective = _binary_objective(job, run) if name == "binary" else Objective(smoothing=job.recipe.smoothing)
-        return Phase(
-            name, model, objective, job.recipe, job.data, accelerator, run, progress, watcher, stop, options.save_every
-        )
+        objective = Objective(smoothing=job.recipe.smoothing)
+        if span.name != "full-precision":
+            objective = _binary_objective(job, run, span.recipe)
+        return Phase(span, model, objective, job.data, accelerator, run, progress, watcher, stop, options.save_every)
 
     if progress.phase == "full-precision":
-        model = _full_precision_phase(job, phase("full-precision", job.loaded.module), state)
-        progress.phase, progress.epoch = "binary", 0
-        binary = phase("binary", model)
+        full_precision = phase(Span.full_precision(job.recipe), job.loaded.module)
+        _train_full_precision(job, full_precision, state)
+        binary = phase(Span.binary(job.recipe, 0), _converted(job, full_precision))
     else:
-        binary = phase("binary", apply_plan(job.loaded.module, job.plan, init="copy", selection=job.recipe.binarizer))
+        what = job.recipe.resolved_stages[progress.stage].binarize
+        model = apply_plan(job.loaded.module, job.plan, init="copy", selection=job.recipe.binarizer, binarizes=what)
+        binary = phase(Span.binary(job.recipe, progress.stage), model)
         if state:
             binary.restore(state)
-    if progress.top1("binary") is None:
-        binary.conclude(binary.evaluate(), {"phase": "binary", "epoch": 0}, ("last",))
-    binary.train()
+    _train_stage(binary)
+    for stage in range(progress.stage + 1, len(job.recipe.resolved_stages)):
+        model = _next_stage(job.recipe, stage, binary)
+        progress.stage, progress.epoch = stage, 0
+        binary = phase(Span.binary(job.recipe, stage), model)
+        _train_stage(binary)
     if not progress.finished(job.recipe):
         _re_estimate(binary)
     return _result(job, run, progress)
 
 
-def _binary_objective(job: Job, run: Run) -> Objective:
-    """What the binary epochs minimise: the recipe's loss, or that of the labels alone where no teacher knows anything."""
-    recipe = job.recipe
-    if not job.distills:
+def _train_stage(phase: Phase) -> None:
+    """The remaining epochs of a stage; a kind of network not met before is evaluated first."""
+    phase.progress.phase = phase.name
+    if phase.progress.top1(phase.name) is None:
+        phase.conclude(phase.evaluate(), {"phase": phase.name, "epoch": phase.span.before})
+    phase.train()
+
+
+def _binary_objective(job: Job, run: Run, recipe: Recipe) -> Objective:
+    """What a stage minimises: its recipe's loss, or that of the labels alone where no teacher knows anything."""
+    if not (job.distills and recipe.distill_weight):
         return Objective(recipe.label_weight or 1.0, recipe.smoothing)
     teacher = job.teacher or load_run_model(run, "full-precision")
     return Objective(recipe.label_weight, recipe.smoothing, teacher, recipe.distill_weight, recipe.distill_temperature)
@@ -200,25 +212,51 @@ def _re_estimate(phase: Phase) -> None:
     model, images = phase.evaluated_model, phase.recipe.final_calibration_images
     phase.watcher.note(f"re-estimating BatchNorm on about {min(images, len(phase.data.train)):,} training images")
     estimate_batch_norm(model, _calibration_batches(phase, images))
-    phase.conclude(phase.evaluate(), {"phase": "binary", "epoch": phase.epochs, "re_estimated": True}, ("last",))
+    phase.conclude(phase.evaluate(), {"phase": "binary", "epoch": phase.span.total, "re_estimated": True})
 
 
-def _full_precision_phase(job: Job, phase: Phase, state: Path | None) -> nn.Module:
-    """The remaining full-precision epochs (with none, the top-1 of weights whose classifier is theirs); the binary model."""
+def _train_full_precision(job: Job, phase: Phase, state: Path | None) -> None:
+    """The remaining full-precision epochs; with none, the top-1 of weights whose classifier is theirs."""
     if state:
         phase.restore(state)
     phase.train()
     if not job.loaded.new_head and phase.progress.top1("full-precision") is None:
-        phase.conclude(phase.evaluate(), {"phase": "full-precision", "epoch": 0}, ("full-precision",))
-    full_precision, recipe = phase.evaluated_model, job.recipe
+        phase.conclude(phase.evaluate(), {"phase": "full-precision", "epoch": 0})
+    phase.progress.epoch = 0
+
+
+def _converted(job: Job, phase: Phase) -> nn.Module:
+    """The full-precision network as the first stage of the binary training starts with it."""
+    recipe = job.recipe
     model = apply_plan(
-        copy.deepcopy(full_precision), job.plan, init=recipe.init, selection=recipe.binarizer, seed=recipe.seed
+        copy.deepcopy(phase.evaluated_model),
+        job.plan,
+        init=recipe.init,
+        selection=recipe.binarizer,
+        seed=recipe.seed,
+        binarizes=recipe.resolved_stages[0].binarize,
     )
+    return _calibrated(model, phase, recipe)
+
+
+def _next_stage(recipe: Recipe, stage: int, phase: Phase) -> nn.Module:
+    """The network that a stage trained, as the next one starts with it."""
+    before, after = (recipe.resolved_stages[index].binarize for index in (stage - 1, stage))
+    model = copy.deepcopy(phase.evaluated_model)
+    if before == after:
+        return model
+    for layer in binary_layers(model).values():
+        layer.binarize_all_("copy" if recipe.init == "copy" else "remap")  # new random latents would undo the stage
+    return _calibrated(model, phase, recipe)
+
+
+def _calibrated(model: nn.Module, before: Phase, recipe: Recipe) -> nn.Module:
+    """A model after conversion, with alpha fitted to the network before it and BatchNorm re-estimated."""
     if recipe.calibration_images:
-        images = min(recipe.calibration_images, len(phase.data.train))
-        phase.watcher.note(f"re-estimating alpha and BatchNorm on about {images:,} training images")
-        fit_scales(full_precision, model, _calibration_batches(phase, images))
-        estimate_batch_norm(model, _calibration_batches(phase, images))
+        images = min(recipe.calibration_images, len(before.data.train))
+        before.watcher.note(f"re-estimating alpha and BatchNorm on about {images:,} training images")
+        fit_scales(before.evaluated_model, model, _calibration_batches(before, images))
+        estimate_batch_norm(model, _calibration_batches(before, images))
     return model
 
 

@@ -53,6 +53,10 @@ class PackedConv2d(nn.Module):
     @classmethod
     def from_siman(cls, layer: SiMaNConv2d, name: str = "") -> PackedConv2d:
         """The packed form of a trained layer, on its device. Raises InputError unless it is float32."""
+        if layer.binarizes != "all":
+            raise InputError(
+                f"{name or 'the layer'} binarizes {layer.binarizes} alone; only what is binary in both can be packed"
+            )
         if layer.weight.dtype != torch.float32:
             raise InputError(f"{name or 'layer'}: packing needs float32 weights, got {layer.weight.dtype}")
         packed = cls.empty(layer, name)

@@ -19,6 +19,8 @@ from siman_convert.errors import InputError
 
 Init = Literal["remap", "copy", "scratch"]
 INITS: tuple[Init, ...] = get_args(Init)
+Binarized = Literal["activations", "weights", "all"]
+BINARIZED: tuple[Binarized, ...] = get_args(Binarized)
 
 
 class Geometry(NamedTuple):
@@ -42,19 +44,23 @@ class SiMaNConv2d(nn.Conv2d):
 
     Parameters: `weight` (C_out, C_in/groups, kH, kW), the latent weights; `alpha` (C_out,), one learned scale per output
     channel; `bias` (C_out,) or None, added after alpha. `selection` is how weights become bits: by magnitude (`half`,
-    `analytic`) or, to compare with, by `sign`.
+    `analytic`) or, to compare with, by `sign`. `binarizes` is what is binary: in a stage of training it may be the activations or
+    the weights alone, with the same parameters; latent weights are then, or activations are, taken as they are.
 
     Training: threshold and statistics in float32 (float64 for float64 input) whatever autocast says.
     Eval: the threshold is the float64 mean rounded to float32, as in every runtime, and the integer convolution is exact.
     """
 
-    def __init__(self, *args: Any, selection: Selection = "half", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, selection: Selection = "half", binarizes: Binarized = "all", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
             raise InputError(f"SiMaNConv2d pads with zeros only, got padding_mode={self.padding_mode!r}")
         if selection not in binarize.SELECTIONS:
             raise InputError(f"unknown bit selection {selection!r}; known: {', '.join(binarize.SELECTIONS)}")
+        if binarizes not in BINARIZED:
+            raise InputError(f"unknown kind of layer {binarizes!r}; known: {', '.join(BINARIZED)}")
         self.selection: Selection = selection
+        self.binarizes: Binarized = binarizes
         self.alpha = nn.Parameter(self._rows().detach().abs().mean(dim=1).to(self.weight.dtype))
 
     @classmethod
@@ -64,12 +70,14 @@ class SiMaNConv2d(nn.Conv2d):
         init: Init = "remap",
         selection: Selection = "half",
         generator: torch.Generator | None = None,
+        binarizes: Binarized = "all",
     ) -> "SiMaNConv2d":
         """A binary layer in place of `conv`; same shape, device, dtype, bias, training flag and requires_grad.
 
         `remap` gives latents whose bits follow the pretrained weights: of magnitudes by `binarize.remap_rows`, of signs the
         weights themselves; alpha is the weights' projection on the bits. `copy` takes the weights as they are, which loses
         their signs to magnitudes, and `scratch` draws new ones from `generator` (torch's own when None); alpha = mean|w|.
+        Where activations alone become binary, `remap` is the same as `copy`, and alpha = 1.
         """
         if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward:
             raise InputError(
@@ -90,26 +98,48 @@ class SiMaNConv2d(nn.Conv2d):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
             selection=selection,
+            binarizes=binarizes,
         )
-        rows = conv.weight.detach().flatten(1)
-        with torch.no_grad():
-            latents = _latents(rows, init, selection, generator)
-            layer.weight.copy_(latents.view_as(layer.weight))
-            bits = layer.bits().flatten(1)
-            layer.alpha.copy_(binarize.projection_scale(rows, bits) if init == "remap" else latents.abs().mean(dim=1))
-            if conv.bias is not None:
-                cast(Tensor, layer.bias).copy_(conv.bias)
+        layer._start_from(conv.weight.detach().flatten(1), init, generator)
+        if conv.bias is not None:
+            cast(Tensor, layer.bias).data.copy_(conv.bias)
         layer.requires_grad_(conv.weight.requires_grad)
         return layer.train(conv.training)
+
+    @torch.no_grad()
+    def binarize_all_(self, init: Init = "remap") -> None:
+        """Go on from a stage of binary activations, or weights, alone; binary weights keep their latents and alpha.
+
+        Full-precision weights, alpha included, become latents as in `from_float`, whose `init` this is.
+        """
+        before, self.binarizes = self.binarizes, "all"
+        if before == "activations":
+            self._start_from(self._rows() * self.alpha.to(self._rows().dtype).unsqueeze(1), init, None)
+
+    @torch.no_grad()
+    def _start_from(self, rows: Tensor, init: Init, generator: torch.Generator | None) -> None:
+        """Latents and alpha from the weights (C_out, n) of a full-precision convolution."""
+        latents = binarize.scratch_rows(rows.shape, generator) if init == "scratch" else rows
+        if self.binarizes == "activations":
+            self.weight.copy_(latents.view_as(self.weight))
+            self.alpha.fill_(1)
+            return
+        if init == "remap" and self.selection != "sign":
+            latents = binarize.remap_rows(rows)
+        self.weight.copy_(latents.view_as(self.weight))
+        projected = init == "remap"
+        self.alpha.copy_(
+            binarize.projection_scale(rows, self.bits().flatten(1)) if projected else latents.abs().mean(dim=1)
+        )
 
     @torch.no_grad()
     def clip_weights_(self, percent: float) -> None:
         """Clip the latent weights by magnitude percentiles, in place (`binarize.clip_magnitudes`); once per optimizer step.
 
         Bits by `sign` are left alone: raising small magnitudes moves a weight away from the zero that it has to cross for its
-        bit to flip, where for bits by magnitude the clip brings weights nearer to the median.
+        bit to flip, where for bits by magnitude the clip brings weights nearer to the median. So are weights that have no bits.
         """
-        if self.selection == "sign":
+        if self.selection == "sign" or self.binarizes == "activations":
             return
         self.weight.copy_(binarize.clip_magnitudes(self._rows(), percent).view_as(self.weight))
 
@@ -121,33 +151,37 @@ class SiMaNConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def unscaled(self, x: Tensor) -> Tensor:
-        """The integer convolution of eval mode, before alpha and bias: (N, C_in, H, W) -> (N, C_out, H', W')."""
-        bw = self.bits().to(x.dtype).mul_(2).sub_(1)
-        ones = x.new_ones(self.out_channels)
-        y: Tensor = BinaryConv.apply(x, exact_mean(x), bw, ones, geometry_of(self), True)
-        return y
+        """Eval mode's convolution, (N, C_in, H, W) -> (N, C_out, H', W'), no alpha and bias; integers if all is binary."""
+        weight = self.weight if self.binarizes == "activations" else self.bits().to(x.dtype).mul_(2).sub_(1)
+        return self._convolve(x, weight, x.new_ones(self.out_channels), exact=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), in x's dtype, or autocast's."""
-        threshold = batch_mean(x) if self.training else exact_mean(x)
-        bw = BinarizeWeight.apply(self._rows(), self.selection).view_as(self.weight)
-        y: Tensor = BinaryConv.apply(x, threshold, bw, self.alpha, geometry_of(self), not self.training)
+        weight = self.weight
+        if self.binarizes != "activations":
+            weight = BinarizeWeight.apply(self._rows(), self.selection).view_as(self.weight)
+        y = self._convolve(x, weight, self.alpha, exact=not self.training)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
+
+    def _convolve(self, x: Tensor, weight: Tensor, alpha: Tensor, *, exact: bool) -> Tensor:
+        """Of signs, unless weights alone are binary; `exact` as in eval mode."""
+        if self.binarizes == "weights":
+            y: Tensor = self._conv_forward(x, weight.to(x.dtype), None)
+            return y * alpha.to(y.dtype).view(-1, 1, 1)
+        threshold = exact_mean(x) if exact else batch_mean(x)
+        binary: Tensor = BinaryConv.apply(
+            x, threshold, weight, alpha, geometry_of(self), exact and self.binarizes == "all"
+        )
+        return binary
 
     def extra_repr(self) -> str:
         base: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{base}, selection={self.selection}"
+        stage = "" if self.binarizes == "all" else f", binarizes={self.binarizes}"
+        return f"{base}, selection={self.selection}{stage}"
 
     def _rows(self) -> Tensor:
         rows = self.weight.flatten(1)
         return rows if rows.dtype == torch.float64 else rows.float()
-
-
-def _latents(rows: Tensor, init: Init, selection: Selection, generator: torch.Generator | None) -> Tensor:
-    """The latent weights (C_out, n) that a layer in place of pretrained `rows` starts with."""
-    if init == "scratch":
-        return binarize.scratch_rows(rows.shape, generator)
-    return binarize.remap_rows(rows) if init == "remap" and selection != "sign" else rows
 
 
 class BinarizeWeight(torch.autograd.Function):

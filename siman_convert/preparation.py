@@ -24,7 +24,7 @@ from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Run
 from siman_convert.subjects import open_run_data
-from siman_convert.train import Data
+from siman_convert.train import Data, Span
 from siman_convert.watch import Watcher
 
 
@@ -46,7 +46,7 @@ class Job:
         """Whether the binary epochs learn from a teacher. A classifier that is still random has nothing to teach."""
         recipe = self.recipe
         knows = recipe.teacher is not None or recipe.fp_epochs > 0 or not self.loaded.new_head
-        return recipe.epochs > 0 and recipe.distill_weight > 0 and knows
+        return recipe.distils and knows
 
 
 def check_environment(device: torch.device, processes: int, watcher: Watcher) -> None:
@@ -123,13 +123,15 @@ def check_duration(job: Job, device: torch.device, processes: int, watcher: Watc
     """Step 4: how long the whole run will take."""
     recipe = job.recipe
     steps = math.ceil(len(job.source.train) / (recipe.batch_size * recipe.grad_accum_steps * processes))
-    phases = [("full-precision", recipe.fp_epochs, None), ("binary", recipe.epochs, job.plan)]
+    spans = [Span.full_precision(recipe), *(Span.binary(recipe, i) for i in range(len(recipe.resolved_stages)))]
     parts, total = [], 0.0
-    for name, epochs, plan in phases:
+    for span in spans:
+        name, epochs = span.name, span.epochs
         if epochs:
-            step = seconds_per_step(job.loaded.module, plan, recipe, job.preprocess.input_size, device)
+            plan = None if name == "full-precision" else job.plan
+            step = seconds_per_step(job.loaded.module, plan, span.recipe, job.preprocess.input_size, device)
             plural, taught = "s" if epochs > 1 else "", ""
-            if plan and job.distills:
+            if plan and job.distills and span.recipe.distill_weight:
                 teacher = job.teacher or job.loaded.module
                 extra = seconds_of_teacher(teacher, recipe, job.preprocess.input_size, device)
                 step, taught = step + extra, f" ({spoken(extra)} of it the teacher's)"
@@ -143,7 +145,7 @@ def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Ru
 
     Raises InputError where it cannot be had, has other classes, or cannot take the images.
     """
-    if recipe.teacher is None or recipe.epochs == 0:
+    if recipe.teacher is None or not recipe.distils:
         return None
     name, _, file = recipe.teacher.partition("=")
     kept = run.folder / "teacher.safetensors" if run else None
@@ -202,7 +204,7 @@ def _assemble(
 
 def _report_teacher(job: Job, watcher: Watcher) -> None:
     recipe = job.recipe
-    if recipe.epochs and recipe.distill_weight and not job.distills:
+    if recipe.distils and not job.distills:
         watcher.note(
             "nothing to distil from: the model's classifier is random and would be its own teacher; training on labels alone "
             "(--fp-epochs N would train it first, --teacher NAME takes another)"

@@ -59,12 +59,14 @@ class RunInfo:
 
 @dataclass
 class Progress:
-    """How far a run is. Epochs and steps count what is complete; `step` is 0 but in a state saved within an epoch.
+    """How far a run is. Epochs (of the phase) and steps count what is complete; `step` is 0 but in a state saved within an epoch.
 
+    `stage` counts the stages of the binary training from 0; their phases are called activations, weights or binary.
     `sums` are the running totals of the epoch in progress; `bad_images` maps paths of unreadable images to why.
     """
 
-    phase: str = "full-precision"  # then "binary"
+    phase: str = "full-precision"
+    stage: int = 0
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -82,8 +84,10 @@ class Progress:
 
     def finished(self, recipe: Recipe) -> bool:
         """Whether nothing is left to do."""
-        final = recipe.epochs == 0 or recipe.final_calibration_images == 0 or self.re_estimated
-        return self.phase == "binary" and self.epoch == recipe.epochs and self.best_top1 is not None and final
+        stages = recipe.resolved_stages
+        final = recipe.binary_epochs == 0 or recipe.final_calibration_images == 0 or self.re_estimated
+        trained = self.stage == len(stages) - 1 and self.epoch == stages[-1].recipe.epochs
+        return self.phase == "binary" and trained and self.best_top1 is not None and final
 
     def top1(self, phase: str) -> float | None:
         """The newest top-1 of a phase, percent."""
@@ -153,7 +157,7 @@ class Run:
         """Path of the `best`, `last` or `full-precision` weights."""
         path = self.folder / f"{which}.safetensors"
         if not path.is_file():
-            made = which == "full-precision" and self.progress().phase == "binary"
+            made = which == "full-precision" and self.progress().phase != "full-precision"
             mend = "this run made none" if made else f"resume it with `siman convert --resume {self.folder}`"
             raise InputError(f"{self.folder} has no {which} weights: {mend}")
         return path

@@ -14,12 +14,18 @@ from torch import nn
 
 from siman_convert.binarize import Selection
 from siman_convert.errors import InputError
-from siman_convert.layers import Init, SiMaNConv2d
+from siman_convert.layers import Binarized, Init, SiMaNConv2d
 from siman_convert.plans import ConvDecision, Plan
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, *, init: Init = "remap", selection: Selection = "half", seed: int = 0
+    model: nn.Module,
+    plan: Plan,
+    *,
+    init: Init = "remap",
+    selection: Selection = "half",
+    seed: int = 0,
+    binarizes: Binarized = "all",
 ) -> nn.Module:
     """Swap the planned convolutions of `model` and return it (a model that is itself one convolution: its replacement).
 
@@ -27,7 +33,7 @@ def apply_plan(
     What `init="scratch"` draws for a layer depends on `seed` and the layer's name alone, not on the layers around it.
     """
     layers = {
-        id(conv): SiMaNConv2d.from_float(conv, init, selection, _generator(seed, name))
+        id(conv): SiMaNConv2d.from_float(conv, init, selection, _generator(seed, name), binarizes)
         for name, conv in planned_convs(model, plan).items()
     }
     return swap(model, layers)

@@ -37,7 +37,7 @@ from siman_convert.runs import EVALUATED, Progress, Record, Run
 from siman_convert.surgery import binary_layers
 from siman_convert.watch import Meter, Watcher
 
-PhaseName = Literal["full-precision", "binary"]
+PhaseName = Literal["full-precision", "activations", "weights", "binary"]
 EMA = "ema.safetensors"  # in a state
 CHECK_STEPS = 20  # on an accelerator the loss is read this often: every reading waits for the device
 
@@ -69,9 +69,12 @@ class TrainingStep(nn.Module):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Weight decay 0 on every parameter of the binary layers, alpha and bias included; `weight_decay` elsewhere.
 
-    l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there.
+    l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there. In a
+    stage of binary activations alone weights are no latents and decay as any others.
     """
-    binary = {id(p) for layer in binary_layers(model).values() for p in layer.parameters()}
+    layers = binary_layers(model).values()
+    binary = {id(p) for layer in layers for p in layer.parameters()}
+    binary -= {id(layer.weight) for layer in layers if layer.binarizes == "activations"}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if id(p) not in binary], "weight_decay": weight_decay},
@@ -88,14 +91,43 @@ def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.O
     return torch.optim.AdamW(groups, lr=lr)
 
 
+@dataclass(frozen=True)
+class Span:
+    """What a phase trains, for how long, by which recipe, and where it lies in the run.
+
+    `before` epochs of other phases are counted with its own in what is reported, of `total`; its clip has had `clipped_before`
+    of its `clipped` epochs.
+    """
+
+    name: PhaseName
+    recipe: Recipe
+    epochs: int
+    total: int
+    before: int = 0
+    clipped_before: int = 0
+    clipped: int = 0
+    lr: float = 0.0
+
+    @classmethod
+    def full_precision(cls, recipe: Recipe) -> "Span":
+        """The epochs before the conversion."""
+        return cls("full-precision", recipe, recipe.fp_epochs, recipe.fp_epochs, lr=recipe.fp_lr or recipe.lr)
+
+    @classmethod
+    def binary(cls, recipe: Recipe, stage: int) -> "Span":
+        """A stage of the epochs after it."""
+        at = recipe.resolved_stages[stage]
+        return cls(at.name, at.recipe, at.recipe.epochs, recipe.binary_epochs, at.before, at.clipped_before,
+                   recipe.clipped_epochs, at.recipe.lr)  # fmt: skip
+
+
 @dataclass
 class Phase:
     """One phase of training: a model with its optimizer and schedule, moved along by `train`."""
 
-    name: PhaseName
+    span: Span
     model: nn.Module
     objective: Objective
-    recipe: Recipe
     data: Data
     accelerator: Accelerator
     run: Run
@@ -105,16 +137,15 @@ class Phase:
     save_every: float | None = None  # minutes; besides every epoch
 
     def __post_init__(self) -> None:
-        recipe, accelerator = self.recipe, self.accelerator
-        full_precision = self.name == "full-precision"
-        self.epochs = recipe.fp_epochs if full_precision else recipe.epochs
+        recipe, accelerator = self.span.recipe, self.accelerator
+        self.name, self.recipe, self.epochs = self.span.name, recipe, self.span.epochs
         for network in filter(None, (self.model, self.objective.teacher)):
             if recipe.channels_last:
                 network.to(memory_format=torch.channels_last)
             network.to(accelerator.device)
         self.layers = list(binary_layers(self.model).values())
         self.mix = _mixing(recipe, self.data.classes)
-        optimizer = make_optimizer(self.model, recipe, lr=(full_precision and recipe.fp_lr) or recipe.lr)
+        optimizer = make_optimizer(self.model, recipe, lr=self.span.lr)
         self.batches = _trainable_batches(len(self.data.train), recipe.batch_size, accelerator.num_processes)
         self.steps = math.ceil(self.batches / recipe.grad_accum_steps)
         self.schedule = _schedule(optimizer, recipe, self.epochs, self.steps)
@@ -176,7 +207,7 @@ class Phase:
         Never weights that the last update has ruined, which a binary layer's outputs need not show.
         """
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise SimanError(f"the weights are not finite after {self.name} epoch {self.progress.epoch}, step "
+            raise SimanError(f"the weights are not finite after {self.name} epoch {self._epoch}, step "
                              f"{self.progress.step}; {self._last_good()}")  # fmt: skip
         draft = self.run.draft_state()
         self.progress.publish = list(publish)
@@ -192,9 +223,13 @@ class Phase:
         self.accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
 
-    def conclude(self, metrics: Metrics, record: Record, publish: tuple[str, ...]) -> None:
-        """Append the metrics to the history and commit; the best binary weights are published as `best` too."""
+    def conclude(self, metrics: Metrics, record: Record) -> None:
+        """Append the metrics to the history, commit and publish; the best binary weights as `best` too.
+
+        Stages that are binary in part publish nothing: no command could use it.
+        """
         progress = self.progress
+        publish = {"full-precision": ("full-precision",), "binary": ("last",)}.get(self.name, ())
         if not math.isfinite(metrics.loss):
             raise SimanError(f"the validation loss is {metrics.loss} after {record['phase']} epoch {record['epoch']}; "
                              f"{self._last_good()}")  # fmt: skip
@@ -204,29 +239,34 @@ class Phase:
             progress.best_top1, progress.best_epoch = metrics.top1, record["epoch"]
             publish = (*publish, "best")
         self.commit(publish)
-        self.watcher.end_epoch(progress.history[-1], self.epochs)
+        self.watcher.end_epoch(progress.history[-1], self.span.total)
 
     def stop_if_asked(self) -> None:
         """Save and raise Interrupted when a signal asked for it."""
         if self._agreed(self.stop.requested):
             self.commit()
             raise Interrupted(
-                f"stopped in {self.name} epoch {min(self.progress.epoch + 1, self.epochs)}, step {self.progress.step}; all saved"
+                f"stopped in {self.name} epoch {min(self._epoch + 1, self.span.total)}, step {self.progress.step}; all saved"
             )
 
+    @property
+    def _epoch(self) -> int:
+        """Complete epochs of this phase and of those counted with it."""
+        return self.span.before + self.progress.epoch
+
     def _train_epoch(self) -> None:
-        progress = self.progress
+        progress, accelerator = self.progress, self.accelerator
         if progress.step == 0:
             progress.sums = {"loss": 0.0, "correct": 0.0, "images": 0.0, "steps": 0.0, "seconds": 0.0}
         meter = Meter(progress.sums)
         self.module.train()
-        self.watcher.start_epoch(self.name, progress.epoch, self.epochs, self.steps, progress.step)
+        self.watcher.start_epoch(self.name, self._epoch, self.span.total, self.steps, progress.step)
         micro_batches = self._batches()
         while group := list(itertools.islice(micro_batches, self.recipe.grad_accum_steps)):
-            set_seed(_position_seed(self.recipe.seed, self.name, progress, self.accelerator.process_index))
+            set_seed(_position_seed(self.recipe.seed, self.name, self._epoch, progress.step, accelerator.process_index))
             self._step(group, meter)
             progress.step += 1
-            if self.accelerator.device.type == "cpu" or progress.step % CHECK_STEPS == 0 or progress.step == self.steps:
+            if accelerator.device.type == "cpu" or progress.step % CHECK_STEPS == 0 or progress.step == self.steps:
                 self._check(meter)
 
     def _check(self, meter: "Meter") -> None:
@@ -234,7 +274,7 @@ class Phase:
         progress = self.progress
         bad_step = meter.flush()
         if bad_step is not None:
-            raise SimanError(f"the loss is not finite at step {bad_step + 1} of {self.name} epoch {progress.epoch + 1}; "
+            raise SimanError(f"the loss is not finite at step {bad_step + 1} of {self.name} epoch {self._epoch + 1}; "
                              f"{self._last_good()}")  # fmt: skip
         self.watcher.step(progress.step, meter.loss, meter.top1, self.optimizer.param_groups[0]["lr"])
         self.stop_if_asked()
@@ -248,7 +288,7 @@ class Phase:
             self.data.train,
             self.data.train_transform,
             batch_size=recipe.batch_size,
-            epoch=progress.epoch + (0 if self.name == "full-precision" else recipe.fp_epochs),
+            epoch=self._epoch + (0 if self.name == "full-precision" else recipe.fp_epochs),
             seed=recipe.seed,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
@@ -268,9 +308,10 @@ class Phase:
             self.schedule.step_update(update)
         else:
             self.schedule.step(progress.epoch)
-        percent = clip_percent(progress.epoch, self.epochs, recipe.clip_percent)
-        for layer in self.layers:
-            layer.clip_weights_(percent)
+        if self.layers:
+            percent = clip_percent(self.span.clipped_before + progress.epoch, self.span.clipped, recipe.clip_percent)
+            for layer in self.layers:
+                layer.clip_weights_(percent)
         total = sum(len(batch.targets) for batch in group)
         for i, batch in enumerate(group):
             images, targets = self._to_device(batch)
@@ -290,18 +331,18 @@ class Phase:
     def _finish_epoch(self) -> None:
         progress, sums = self.progress, self.progress.sums
         if not sums["steps"]:
-            raise InputError(f"{self.name} epoch {progress.epoch + 1} had no training image; check the data")
+            raise InputError(f"{self.name} epoch {self._epoch + 1} had no training image; check the data")
         metrics = self.evaluate()
         record = {
             "phase": self.name,
-            "epoch": progress.epoch + 1,
+            "epoch": self._epoch + 1,
             "train_loss": sums["loss"] / sums["steps"],
             "train_top1": 100 * sums["correct"] / sums["images"],
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_seconds": round(sums["seconds"], 3),
         }
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
-        self.conclude(metrics, record, ("full-precision",) if self.name == "full-precision" else ("last",))
+        self.conclude(metrics, record)
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device
@@ -374,7 +415,7 @@ def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Te
     return v2.RandomChoice(kinds) if kinds else None
 
 
-def _position_seed(seed: int, phase: PhaseName, progress: Progress, rank: int) -> int:
+def _position_seed(seed: int, phase: PhaseName, epoch: int, step: int, rank: int) -> int:
     """32 bits that differ for every (seed, phase, epoch, step, rank)."""
-    text = f"{seed} {phase} {progress.epoch} {progress.step} {rank}"
+    text = f"{seed} {phase} {epoch} {step} {rank}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

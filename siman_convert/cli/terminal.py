@@ -80,9 +80,9 @@ class Terminal(Watcher):
             self._bar.advance(self._task, images)
 
     def end_epoch(self, record: dict[str, Any], epochs: int) -> None:
-        """The line of an epoch; epoch 0 is the state before its phase trained anything."""
+        """The line of an epoch; what was not trained in an epoch is the state that a phase starts from."""
         self._drop_bar()
-        stage = f"{record['epoch']}/{epochs}" if record["epoch"] else "untrained"
+        stage = f"{record['epoch']}/{epochs}" if "train_loss" in record else "untrained"
         name = f"{record['phase']} {'re-estimated' if record.get('re_estimated') else stage}"
         trained = f"train loss {record['train_loss']:.3f}  lr {record['lr']:.2g}  " if "train_loss" in record else ""
         seconds = record.get("train_seconds", 0.0) + record["eval_seconds"]
