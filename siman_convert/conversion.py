@@ -198,10 +198,17 @@ def _train_stage(phase: Phase) -> None:
 
 def _binary_objective(job: Job, run: Run, recipe: Recipe) -> Objective:
     """What a stage minimises: its recipe's loss, or that of the labels alone where no teacher knows anything."""
-    if not (job.distills and recipe.distill_weight):
+    if not (job.distills and recipe.taught):
         return Objective(recipe.label_weight or 1.0, recipe.smoothing)
     teacher = job.teacher or load_run_model(run, "full-precision")
-    return Objective(recipe.label_weight, recipe.smoothing, teacher, recipe.distill_weight, recipe.distill_temperature)
+    return Objective(
+        recipe.label_weight,
+        recipe.smoothing,
+        teacher,
+        recipe.distill_weight,
+        recipe.distill_temperature,
+        recipe.feature_weight,
+    )
 
 
 def _re_estimate(phase: Phase) -> None:

@@ -1,5 +1,6 @@
 """The numbered checks before a conversion: environment, data, plan, time. Nothing is written before all of them passed."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -20,6 +21,7 @@ from siman_convert.duration import seconds_of_teacher, seconds_per_step, spoken
 from siman_convert.environment import describe_environment
 from siman_convert.errors import InputError
 from siman_convert.models import LoadedModel, create, load_model, usual_weights
+from siman_convert.objective import attention_distance, stage_outputs
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Run
@@ -93,6 +95,7 @@ def check_job(model: str, data: str, recipe: Recipe, weights: str | None, worker
             f"the classifier is new for these {len(source.classes)} classes and starts untrained; "
             "--fp-epochs N would fine-tune the full-precision model first"
         )
+    _require_stages(job)
     _report_teacher(job, watcher)
     return job
 
@@ -115,6 +118,7 @@ def check_resumed_job(run: Run, workers: int, watcher: Watcher) -> Job:
     teacher = _named_teacher(recipe, len(info.classes), preprocess, run)
     job = _assemble(loaded, source, preprocess, run.plan(), recipe, workers, teacher)
     _report_plan(job, watcher)
+    _require_stages(job)
     _report_teacher(job, watcher)
     return job
 
@@ -131,7 +135,7 @@ def check_duration(job: Job, device: torch.device, processes: int, watcher: Watc
             plan = None if name == "full-precision" else job.plan
             step = seconds_per_step(job.loaded.module, plan, span.recipe, job.preprocess.input_size, device)
             plural, taught = "s" if epochs > 1 else "", ""
-            if plan and job.distills and span.recipe.distill_weight:
+            if plan and job.distills and span.recipe.taught:
                 teacher = job.teacher or job.loaded.module
                 extra = seconds_of_teacher(teacher, recipe, job.preprocess.input_size, device)
                 step, taught = step + extra, f" ({spoken(extra)} of it the teacher's)"
@@ -159,6 +163,19 @@ def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Ru
     except InputError as error:
         raise InputError(f"--teacher {recipe.teacher}: {error}") from error
     return teacher
+
+
+@torch.no_grad()
+def _require_stages(job: Job) -> None:
+    """Raise InputError where features are to be compared and cannot be."""
+    if not job.distills or not any(stage.recipe.feature_weight for stage in job.recipe.resolved_stages):
+        return
+    model, image = copy.deepcopy(job.loaded.module).eval(), torch.zeros(1, *job.preprocess.input_size)
+    with stage_outputs(model) as features:
+        model(image)
+    with stage_outputs(job.teacher or model) as shown:
+        (job.teacher or model)(image)
+    attention_distance(features, shown)
 
 
 @torch.no_grad()

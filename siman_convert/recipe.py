@@ -57,6 +57,7 @@ class Stage(BaseModel):
     label_weight: NonNegative | None = None
     distill_weight: NonNegative | None = None
     distill_temperature: PositiveFloat | None = None
+    feature_weight: NonNegative | None = None
     smoothing: ShareBelowOne | None = None
     mixup: NonNegative | None = None
     cutmix: NonNegative | None = None
@@ -99,6 +100,7 @@ class Recipe(BaseModel):
     label_weight: NonNegative = 1.0  # of the labels' cross-entropy in the binary epochs
     distill_weight: NonNegative = 0.0  # of the distance to a teacher's answers, beside it; 0: off
     distill_temperature: PositiveFloat = 4.0  # divides the logits of both
+    feature_weight: NonNegative = 0.0  # of the distance between the stages' attention maps, beside both; 0: off
     teacher: str | None = None  # None: the full-precision model itself; NAME: timm's pretrained; NAME=FILE: its weights
     smoothing: ShareBelowOne = 0.0  # of labels
     mixup: NonNegative = 0.0  # alpha of mixup; 0: off
@@ -135,10 +137,10 @@ class Recipe(BaseModel):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} goes from {low} down to {high}; expected the smaller first")
-        if self.label_weight == 0 and self.distill_weight == 0:
+        if self.label_weight == 0 and not self.taught:
             raise ValueError("label_weight and distill_weight are both 0: nothing to learn from; expected one above 0")
-        weights = [self.distill_weight, *(stage.distill_weight or 0 for stage in self.stages)]
-        if self.teacher is not None and not any(weights):
+        staged = any(stage.distill_weight or stage.feature_weight for stage in self.stages)
+        if self.teacher is not None and not (self.taught or staged):
             raise ValueError(
                 f"teacher {self.teacher!r} teaches nothing: distill_weight is 0; expected more, or no teacher"
             )
@@ -193,9 +195,14 @@ class Recipe(BaseModel):
         return last.clipped_before + last.recipe.epochs
 
     @property
+    def taught(self) -> bool:
+        """Whether the loss has a teacher, but for what stages say otherwise."""
+        return self.distill_weight > 0 or self.feature_weight > 0
+
+    @property
     def distils(self) -> bool:
-        """Whether any epoch learns from a teacher's answers."""
-        return any(stage.recipe.epochs and stage.recipe.distill_weight for stage in self.resolved_stages)
+        """Whether any epoch learns from a teacher."""
+        return any(stage.recipe.epochs and stage.recipe.taught for stage in self.resolved_stages)
 
     def to_yaml(self) -> str:
         """All fields in order, as YAML that `parse_recipe` reads back to an equal recipe."""

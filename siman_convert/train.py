@@ -62,8 +62,7 @@ class TrainingStep(nn.Module):
         self.model, self.objective = model, objective
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(images)
-        return self.objective(images, logits, targets), logits
+        return self.objective(self.model, images, targets)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

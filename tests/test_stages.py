@@ -17,7 +17,9 @@ from siman_convert.recipe import build_recipe, load_recipe
 from siman_convert.runs import Run
 from siman_convert.train import Span, parameter_groups
 
-ACTIVATIONS_FIRST = "stages=[{binarize: activations, epochs: 1, lr: 0.01}, {binarize: all, epochs: 2}]"
+ACTIVATIONS_FIRST = (
+    "stages=[{binarize: activations, epochs: 1, lr: 0.01, feature_weight: 0.1}, {binarize: all, epochs: 2}]"
+)
 
 
 def conv_and_images() -> tuple[nn.Conv2d, torch.Tensor]:

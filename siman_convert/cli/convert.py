@@ -65,6 +65,7 @@ def convert(
     warmup_epochs: Annotated[int | None, _option(help="Epochs of rising learning rate.")] = None,
     distill_weight: Annotated[float | None, _option(help="Weight of the teacher's answers; 0: off.")] = None,
     distill_temperature: Annotated[float | None, _option(help="Divides teacher's and student's logits.")] = None,
+    feature_weight: Annotated[float | None, _option(help="Weight of where the teacher looks; 0: off.")] = None,
     label_weight: Annotated[float | None, _option(help="Weight of the labels beside a teacher.")] = None,
     teacher: Annotated[
         str | None, _option(help="NAME (timm's pretrained) or NAME=FILE; without it: the model before conversion.")
