@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from siman_convert import binarize
 from siman_convert.binarize import Selection
 from siman_convert.errors import InputError
+from siman_convert.pieces import pieces
 
 Init = Literal["remap", "copy", "scratch"]
 INITS: tuple[Init, ...] = get_args(Init)
@@ -116,8 +117,7 @@ class SiMaNConv2d(nn.Conv2d):
     @torch.no_grad()
     def bits(self) -> Tensor:
         """The bits of the current weights, bool (C_out, C_in/groups, kH, kW); True stands for +1."""
-        z, _ = binarize.standardize(self._rows())
-        return binarize.select_bits(z, self.selection).view_as(self.weight)
+        return (binarize.binary_rows(self._rows(), self.selection) > 0).view_as(self.weight)
 
     @torch.no_grad()
     def unscaled(self, x: Tensor) -> Tensor:
@@ -151,20 +151,22 @@ def _latents(rows: Tensor, init: Init, selection: Selection, generator: torch.Ge
 
 
 class BinarizeWeight(torch.autograd.Function):
-    """w (C_out, n) -> 2b - 1, straight through to |z| (`sign`: to z), then through the standardisation."""
+    """w (C_out, n) -> 2b - 1, straight through to |z| (`sign`: to z), then through the standardisation.
+
+    Saves w, which is there anyway; z is computed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, selection: Selection) -> Tensor:
-        z, rstd = binarize.standardize(rows)
-        ctx.save_for_backward(z, rstd)
+        ctx.save_for_backward(rows)
         ctx.selection = selection
-        return binarize.select_bits(z, selection).to(rows.dtype).mul_(2).sub_(1)
+        return binarize.binary_rows(rows, selection)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_bw: Tensor) -> tuple[Tensor, None]:
-        z, rstd = ctx.saved_tensors
-        return binarize.standardize_backward(binarize.select_backward(grad_bw, z, ctx.selection), z, rstd), None
+        (rows,) = ctx.saved_tensors
+        return binarize.binary_rows_backward(grad_bw, rows, ctx.selection), None
 
 
 class BinaryConv(torch.autograd.Function):
@@ -201,7 +203,7 @@ class BinaryConv(torch.autograd.Function):
             geometry.groups, [ctx.needs_input_grad[0], True, False],
         )  # fmt: skip
         grad_unscaled = grad_unscaled.to(bw.dtype)
-        grad_alpha = (grad_unscaled * bw).sum(dim=(1, 2, 3)).to(alpha.dtype)
+        grad_alpha = torch.linalg.vecdot(grad_unscaled.flatten(1), bw.flatten(1)).to(alpha.dtype)
         grad_bw = grad_unscaled.mul_(alpha.to(bw.dtype).view(-1, 1, 1, 1))
         if not ctx.needs_input_grad[0]:
             return None, None, grad_bw, grad_alpha, None, None
@@ -215,29 +217,42 @@ def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """Gradient of sign(a), a = (x - mean) / std per sample over (C, H, W), with d sign(a)/da := max(0, 2 - 2|a|).
 
     With p = grad_signs * max(0, 2 - 2|a|):  dL/dx = (p - mean(p) - a * sum(p*a) / (N - 1)) / std,  N = C*H*W.
+    Here with c = x - mean and q = grad_signs * max(0, std - |c|), so p = 2q / std, which leaves fewer passes:
+    dL/dx = (q - mean(q) - c * sum(q*c) / (var * (N - 1))) * 2 / var.  May write its result over `grad_signs`.
     """
-    shape = (-1, 1, 1, 1)
-    centred = x.to(mean.dtype) - mean  # (N, C, H, W)
-    count = centred[0].numel()
-    rstd = torch.rsqrt(_inner(centred, centred) / max(1, count - 1) + binarize.EPS).view(shape)
-    a = centred.mul_(rstd)
-    p = a.abs().mul_(-2).add_(2).clamp_(min=0).mul_(grad_signs)
-    slope = _inner(p, a).view(shape) / max(1, count - 1)
-    p.sub_(p.mean(dim=(1, 2, 3), keepdim=True)).sub_(a.mul_(slope)).mul_(rstd)
-    return p.to(x.dtype)
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    x, grad_signs = x.contiguous(memory_format=layout), grad_signs.contiguous(memory_format=layout)
+    grad_x = grad_signs if grad_signs.dtype == x.dtype else torch.empty_like(x)
+    for grads, out, samples, means in pieces(*map(_samples, (grad_signs, grad_x, x, mean))):
+        freedom = max(1, samples.shape[1] - 1)
+        centred = samples.to(means.dtype) - means  # (N, C*H*W)
+        variance = (_inner(centred, centred) / freedom).add_(binarize.EPS)
+        q = centred.abs()
+        torch.sub(variance.sqrt(), q, out=q).relu_().mul_(grads)
+        q.addcmul_(centred, _inner(q, centred) / (variance * -freedom)).sub_(q.mean(dim=1, keepdim=True))
+        out.copy_(q.mul_(2 / variance))
+    return grad_x
+
+
+def _samples(t: Tensor) -> Tensor:
+    """(N, C, H, W) in either dense layout -> a view (N, C*H*W), in the order of the memory."""
+    return t.view(len(t), -1) if t.is_contiguous() else t.permute(0, 2, 3, 1).view(len(t), -1)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each sample's elements, (N,). einsum's float32 sum was 500 times less accurate here, and slower."""
-    if a.is_contiguous(memory_format=torch.channels_last):  # flatten views of the memory, where it can
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    products: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
-    return products
+    """Inner product of each row, (N, 1). einsum's float32 sum was 500 times less accurate here, and slower."""
+    products: Tensor = torch.linalg.vecdot(a, b)
+    return products.unsqueeze(1)
 
 
 def signs_of(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """+1 where x >= threshold, else -1 (for NaN too). Comparing straight into `dtype` saves a pass over a bool tensor."""
-    return torch.ge(x, threshold, out=torch.empty_like(x, dtype=dtype)).mul_(2).sub_(1)
+    signs = torch.empty_like(x, dtype=dtype)
+    minus_one = signs.new_full((), -1.0)
+    for out, samples, thresholds in pieces(signs, x, threshold):
+        torch.ge(samples, thresholds, out=out)
+        torch.add(minus_one, out, alpha=2, out=out)
+    return signs
 
 
 def pad_signs(signs: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:

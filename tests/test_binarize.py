@@ -84,7 +84,7 @@ def test_selection_equals_sorting(seed: int, count: int, rank: float, kind: str)
     values = random_rows(seed, 1, count)[0]
     values = {"normal": values, "ties": values.round(), "sorted": values.sort().values}[kind]
     position = int(rank * (count - 1))
-    assert binarize._select_on_cpu(values, [position]) == binarize._select_by_sorting(values, [position])
+    assert binarize._select_in_numpy(values, [position]) == binarize._select_by_sorting(values, [position])
 
 
 def test_percentiles_of_more_than_16_million_elements() -> None:
