@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from siman_convert import binarize
 from siman_convert.binarize import Selection
 from siman_convert.errors import InputError
+from siman_convert.pieces import joined, pieces
 
 Init = Literal["remap", "copy", "scratch"]
 INITS: tuple[Init, ...] = get_args(Init)
@@ -146,8 +147,7 @@ class SiMaNConv2d(nn.Conv2d):
     @torch.no_grad()
     def bits(self) -> Tensor:
         """The bits of the current weights, bool (C_out, C_in/groups, kH, kW); True stands for +1."""
-        z, _ = binarize.standardize(self._rows())
-        return binarize.select_bits(z, self.selection).view_as(self.weight)
+        return (binarize.binary_rows(self._rows(), self.selection) > 0).view_as(self.weight)
 
     @torch.no_grad()
     def unscaled(self, x: Tensor) -> Tensor:
@@ -185,20 +185,22 @@ class SiMaNConv2d(nn.Conv2d):
 
 
 class BinarizeWeight(torch.autograd.Function):
-    """w (C_out, n) -> 2b - 1, straight through to |z| (`sign`: to z), then through the standardisation."""
+    """w (C_out, n) -> 2b - 1, straight through to |z| (`sign`: to z), then through the standardisation.
+
+    Saves w, which is there anyway; z is computed again.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, selection: Selection) -> Tensor:
-        z, rstd = binarize.standardize(rows)
-        ctx.save_for_backward(z, rstd)
+        ctx.save_for_backward(rows)
         ctx.selection = selection
-        return binarize.select_bits(z, selection).to(rows.dtype).mul_(2).sub_(1)
+        return binarize.binary_rows(rows, selection)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_bw: Tensor) -> tuple[Tensor, None]:
-        z, rstd = ctx.saved_tensors
-        return binarize.standardize_backward(binarize.select_backward(grad_bw, z, ctx.selection), z, rstd), None
+        (rows,) = ctx.saved_tensors
+        return binarize.binary_rows_backward(grad_bw, rows, ctx.selection), None
 
 
 class BinaryConv(torch.autograd.Function):
@@ -213,65 +215,81 @@ class BinaryConv(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, threshold: Tensor, bw: Tensor, alpha: Tensor, geometry: Geometry, exact: bool
     ) -> Tensor:
-        dtype = _compute_dtype(x)
         ctx.save_for_backward(x, threshold, bw, alpha)
-        ctx.geometry, ctx.compute_dtype = geometry, dtype
-        signs, pads = pad_signs(signs_of(x, threshold, dtype), geometry.pads)
-        y = F.conv2d(signs, bw.to(dtype), None, geometry.stride, pads, geometry.dilation, geometry.groups)
-        if exact:
-            y = y.round_()
-        return y.mul_(alpha.to(dtype).view(-1, 1, 1))
+        ctx.geometry, ctx.compute_dtype = geometry, _compute_dtype(x)
+        weight, scale = bw.to(ctx.compute_dtype), alpha.to(ctx.compute_dtype).view(-1, 1, 1)
+
+        def convolved(samples: Tensor, thresholds: Tensor) -> Tensor:
+            signs, pads = pad_signs(signs_of(samples, thresholds, weight.dtype), geometry.pads)
+            y = F.conv2d(signs, weight, None, geometry.stride, pads, geometry.dilation, geometry.groups)
+            return (y.round_() if exact else y).mul_(scale)
+
+        return joined((convolved(*piece) for piece in pieces(x, threshold, least=bw.numel())), len(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None]:
         x, threshold, bw, alpha = ctx.saved_tensors
-        geometry, dtype = ctx.geometry, ctx.compute_dtype
-        signs, pads = pad_signs(signs_of(x, threshold, dtype), geometry.pads)
+        geometry, dtype, wants_x = ctx.geometry, ctx.compute_dtype, ctx.needs_input_grad[0]
         # The input's gradient wants the scaled weight, the weight's gradient the unscaled output gradient: one call does both.
         scaled = (bw * alpha.to(bw.dtype).view(-1, 1, 1, 1)).to(dtype)
-        grad_signs, grad_unscaled, _ = torch.ops.aten.convolution_backward(
-            grad_y.to(dtype), signs, scaled, None, geometry.stride, pads, geometry.dilation, False, [0, 0],
-            geometry.groups, [ctx.needs_input_grad[0], True, False],
-        )  # fmt: skip
-        grad_unscaled = grad_unscaled.to(bw.dtype)
-        grad_alpha = (grad_unscaled * bw).sum(dim=(1, 2, 3)).to(alpha.dtype)
+        grad_unscaled = torch.zeros_like(bw)
+        grad_x = torch.empty_like(x) if wants_x else x
+        for samples, thresholds, grads, out in pieces(x, threshold, grad_y, grad_x, least=bw.numel()):
+            signs, pads = pad_signs(signs_of(samples, thresholds, dtype), geometry.pads)
+            grad_signs, grad_weight, _ = torch.ops.aten.convolution_backward(
+                grads.to(dtype), signs, scaled, None, geometry.stride, pads, geometry.dilation, False, [0, 0],
+                geometry.groups, [wants_x, True, False],
+            )  # fmt: skip
+            grad_unscaled.add_(grad_weight)
+            if wants_x:
+                out.copy_(sign_backward(_unpadded(grad_signs, geometry.pads, samples), samples, thresholds))
+        grad_alpha = torch.linalg.vecdot(grad_unscaled.flatten(1), bw.flatten(1)).to(alpha.dtype)
         grad_bw = grad_unscaled.mul_(alpha.to(bw.dtype).view(-1, 1, 1, 1))
-        if not ctx.needs_input_grad[0]:
-            return None, None, grad_bw, grad_alpha, None, None
-        if signs.shape != x.shape:
-            left, right, top, bottom = geometry.pads
-            grad_signs = F.pad(grad_signs, (-left, -right, -top, -bottom))
-        return sign_backward(grad_signs, x, threshold), None, grad_bw, grad_alpha, None, None
+        return grad_x if wants_x else None, None, grad_bw, grad_alpha, None, None
 
 
 def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     """Gradient of sign(a), a = (x - mean) / std per sample over (C, H, W), with d sign(a)/da := max(0, 2 - 2|a|).
 
     With p = grad_signs * max(0, 2 - 2|a|):  dL/dx = (p - mean(p) - a * sum(p*a) / (N - 1)) / std,  N = C*H*W.
+    Here with c = x - mean and q = grad_signs * max(0, std - |c|), so p = 2q / std, which leaves fewer passes:
+    dL/dx = (q - mean(q) - c * sum(q*c) / (var * (N - 1))) * 2 / var.  In the dtype of `mean`.
     """
-    shape = (-1, 1, 1, 1)
-    centred = x.to(mean.dtype) - mean  # (N, C, H, W)
-    count = centred[0].numel()
-    rstd = torch.rsqrt(_inner(centred, centred) / max(1, count - 1) + binarize.EPS).view(shape)
-    a = centred.mul_(rstd)
-    p = a.abs().mul_(-2).add_(2).clamp_(min=0).mul_(grad_signs)
-    slope = _inner(p, a).view(shape) / max(1, count - 1)
-    p.sub_(p.mean(dim=(1, 2, 3), keepdim=True)).sub_(a.mul_(slope)).mul_(rstd)
-    return p.to(x.dtype)
+    layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+    x, grad_signs = x.contiguous(memory_format=layout), grad_signs.contiguous(memory_format=layout)
+    freedom = max(1, x[0].numel() - 1)
+    centred = _samples(x).to(mean.dtype) - mean.view(-1, 1)  # (N, C*H*W)
+    variance = (_inner(centred, centred) / freedom).add_(binarize.EPS)
+    q = centred.abs()
+    torch.sub(variance.sqrt(), q, out=q).relu_().mul_(_samples(grad_signs))
+    q.addcmul_(centred, _inner(q, centred) / (variance * -freedom)).sub_(q.mean(dim=1, keepdim=True))
+    return _like(q.mul_(2 / variance), x)
+
+
+def _like(samples: Tensor, x: Tensor) -> Tensor:
+    """The inverse of `_samples`, for an x in the same layout."""
+    if x.is_contiguous():
+        return samples.view(x.shape)
+    n, c, h, w = x.shape
+    return samples.view(n, h, w, c).permute(0, 3, 1, 2)
+
+
+def _samples(t: Tensor) -> Tensor:
+    """(N, C, H, W) in either dense layout -> a view (N, C*H*W), in the order of the memory."""
+    return t.view(len(t), -1) if t.is_contiguous() else t.permute(0, 2, 3, 1).view(len(t), -1)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """Inner product of each sample's elements, (N,). einsum's float32 sum was 500 times less accurate here, and slower."""
-    if a.is_contiguous(memory_format=torch.channels_last):  # flatten views of the memory, where it can
-        a, b = a.permute(0, 2, 3, 1), b.permute(0, 2, 3, 1)
-    products: Tensor = torch.linalg.vecdot(a.flatten(1), b.flatten(1))
-    return products
+    """Inner product of each row, (N, 1). einsum's float32 sum was 500 times less accurate here, and slower."""
+    products: Tensor = torch.linalg.vecdot(a, b)
+    return products.unsqueeze(1)
 
 
 def signs_of(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """+1 where x >= threshold, else -1 (for NaN too). Comparing straight into `dtype` saves a pass over a bool tensor."""
-    return torch.ge(x, threshold, out=torch.empty_like(x, dtype=dtype)).mul_(2).sub_(1)
+    signs = torch.ge(x, threshold, out=torch.empty_like(x, dtype=dtype))
+    return torch.add(signs.new_full((), -1.0), signs, alpha=2, out=signs)
 
 
 def pad_signs(signs: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, tuple[int, int]]:
@@ -280,6 +298,12 @@ def pad_signs(signs: Tensor, pads: tuple[int, int, int, int]) -> tuple[Tensor, t
     if left == right and top == bottom:
         return signs, (top, left)
     return F.pad(signs, pads), (0, 0)
+
+
+def _unpadded(grad: Tensor, pads: tuple[int, int, int, int], samples: Tensor) -> Tensor:
+    """The gradient without what `pad_signs` wrote out around the samples."""
+    left, right, top, bottom = pads
+    return grad if grad.shape == samples.shape else F.pad(grad, (-left, -right, -top, -bottom))
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
