@@ -49,8 +49,11 @@ class Job:
         return recipe.epochs > 0 and recipe.distill_weight > 0 and knows
 
 
-def check_environment(device: torch.device, processes: int, watcher: Watcher) -> None:
-    """Step 1."""
+def check_environment(device: torch.device, processes: int, recipe: Recipe, watcher: Watcher) -> None:
+    """Step 1. Raises InputError."""
+    if recipe.sync_bn and processes > 1 and device.type != "cuda":
+        raise InputError(f"--sync-bn: torch synchronises BatchNorm on GPUs only, and this is {device.type}; leave it out, "
+                         "or train in one process")  # fmt: skip
     facts = describe_environment(device)
     several = f", {processes} processes" if processes > 1 else ""
     packages = facts["packages"]

@@ -2,6 +2,9 @@
 
 What a step computes depends on weights, recipe and position (phase, epoch, step, process) alone, so that a resumed run goes
 on bit for bit as an uninterrupted one would: data order, augmentation and all other generators are seeded from the position.
+
+Several processes are torch's DistributedDataParallel through accelerate: each takes equally many images a step, so that the mean
+of their gradients is that of all images. BatchNorm's running statistics are those of process 0, unless it is synchronised.
 """
 
 import contextlib
@@ -18,10 +21,11 @@ from typing import Any, Literal, cast
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
+from timm.layers import convert_sync_batchnorm
 from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -108,6 +112,10 @@ class Phase:
         recipe, accelerator = self.recipe, self.accelerator
         full_precision = self.name == "full-precision"
         self.epochs = recipe.fp_epochs if full_precision else recipe.epochs
+        if (
+            recipe.sync_bn and accelerator.num_processes > 1
+        ):  # timm's: torch's would drop activations fused into a BatchNorm
+            self.model = convert_sync_batchnorm(self.model)
         for network in filter(None, (self.model, self.objective.teacher)):
             if recipe.channels_last:
                 network.to(memory_format=torch.channels_last)
@@ -148,8 +156,13 @@ class Phase:
             self._finish_epoch()
 
     def evaluate(self) -> Metrics:
-        """Metrics of `evaluated_model` on the validation split, exact over all processes. Raises Interrupted."""
+        """Metrics of `evaluated_model` on the validation split, exact over all processes. Raises Interrupted.
+
+        All processes evaluate the BatchNorm statistics of process 0, which are those that `commit` saves.
+        """
         accelerator, recipe = self.accelerator, self.recipe
+        if accelerator.num_processes > 1:
+            distribute_bn(self.evaluated_model, accelerator.num_processes, reduce=False)
         loader = eval_loader(
             self.data.val,
             self.data.eval_transform,
@@ -161,13 +174,14 @@ class Phase:
         self.watcher.start_evaluation(len(self.data.val))
         metrics = evaluate_model(
             self.evaluated_model,
-            iterate(loader),
+            self._until_stopped(iterate(loader)),
             accelerator.device,
             channels_last=recipe.channels_last,
             reduce=self._sum_over_processes,
-            each=self._evaluated,
+            each=self.watcher.evaluated,
         )
-        self._note_bad(metrics.bad)
+        self.stop_if_asked()
+        self._note_bad(gather_object([*self.progress.bad_images.items(), *metrics.bad]))
         return metrics
 
     def commit(self, publish: Iterable[str] = ()) -> None:
@@ -218,7 +232,7 @@ class Phase:
         progress = self.progress
         if progress.step == 0:
             progress.sums = {"loss": 0.0, "correct": 0.0, "images": 0.0, "steps": 0.0, "seconds": 0.0}
-        meter = Meter(progress.sums)
+        meter = Meter(progress.sums, self._sum_over_processes, self.accelerator.num_processes)
         self.module.train()
         self.watcher.start_epoch(self.name, progress.epoch, self.epochs, self.steps, progress.step)
         micro_batches = self._batches()
@@ -308,12 +322,14 @@ class Phase:
         images, targets = batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
         return (images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images), targets
 
-    def _evaluated(self, images: int) -> None:
-        self.watcher.evaluated(images)
-        if self.stop.requested and self.accelerator.num_processes == 1:  # ranks have different numbers of batches here
-            self.stop_if_asked()
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Processes have different numbers of batches in an evaluation: each ends its own, then all look who asked to stop."""
+        for batch in batches:
+            yield batch
+            if self.stop.requested:
+                return
 
-    def _note_bad(self, records: Iterable[BadRecord]) -> None:
+    def _note_bad(self, records: Iterable[BadRecord | tuple[str, str]]) -> None:
         """Count and name unreadable images; more than the recipe's share of them is an error."""
         known = self.progress.bad_images
         for path, why in records:
