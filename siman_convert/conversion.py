@@ -292,6 +292,8 @@ def _accelerator(recipe: Recipe, device: str) -> Accelerator:
     precision = {"float16": "fp16", "bfloat16": "bf16"}[recipe.amp_dtype] if recipe.amp else "no"
     if target.index is not None:
         torch.cuda.set_device(target)
+    if launch.processes() > 1:
+        launch.rejoin("nccl" if target.type == "cuda" else "gloo")
     try:
         return Accelerator(cpu=target.type == "cpu", mixed_precision=precision, rng_types=[])
     except ValueError as error:  # this device cannot do that precision

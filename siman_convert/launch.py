@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 RUN_KEY = "siman/run"
 PATIENCE = timedelta(seconds=10)  # with a store that does not answer
+JOINING = timedelta(minutes=30)  # torch's own, for processes that start at different times
 
 
 def processes() -> int:
@@ -35,6 +36,22 @@ def local_rank() -> int:
 def attempt() -> int:
     """How often the launcher has started its processes anew."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def rejoin(backend: str) -> None:
+    """Make the process group of a later attempt on one machine; in all other cases accelerate makes it.
+
+    In the store the former attempt's addresses still stand, and torch (2.14) looks under the same names again: whoever comes
+    first finds a process that has ended. So each attempt gets names of its own. Over several machines the numbers of attempts may
+    differ, and torch is left to itself.
+    """
+    import torch.distributed
+
+    if attempt() == 0 or os.environ.get("GROUP_WORLD_SIZE") != "1" or torch.distributed.is_initialized():
+        return
+    if store := _store(JOINING):
+        names = torch.distributed.PrefixStore(f"siman/group/{attempt()}", store)  # type: ignore[attr-defined]
+        torch.distributed.init_process_group(backend, store=names, rank=int(os.environ["RANK"]), world_size=processes())
 
 
 def fails_first() -> bool:
@@ -60,10 +77,10 @@ def former_run() -> str | None:
     return store.get(RUN_KEY).decode() if store and store.check([RUN_KEY]) else None
 
 
-def _store() -> "TCPStore | None":
+def _store(patience: timedelta = PATIENCE) -> "TCPStore | None":
     """The agent's store; None where processes were started without one. Raises RuntimeError if it does not answer."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=PATIENCE)
+    return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=patience)

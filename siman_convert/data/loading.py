@@ -9,6 +9,7 @@ timm's own order and sharding: the same batches for the same number of workers a
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -248,10 +249,13 @@ def _options(workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group: the parent alone answers it and ends its workers.
+    """Ctrl-C and torchrun's signals reach the whole process group: the parent alone answers them and ends its workers.
 
-    SIGTERM keeps its default here (a parent's handler was inherited): it is how the parent ends a worker.
+    SIGTERM keeps its default here (a parent's handler was inherited): it is how the parent ends a worker. In a group of its own
+    a worker gets it from nobody else.
     """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
