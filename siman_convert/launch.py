@@ -54,6 +54,14 @@ def rejoin(backend: str) -> None:
         torch.distributed.init_process_group(backend, store=names, rank=int(os.environ["RANK"]), world_size=processes())
 
 
+def leave() -> None:
+    """End the process group when all is done; NCCL warns, in every process, where nobody did."""
+    if processes() > 1:
+        import torch.distributed
+
+        torch.distributed.destroy_process_group()
+
+
 def fails_first() -> bool:
     """Whether no other process of this attempt has asked this before: one of them says why all end.
 

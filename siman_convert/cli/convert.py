@@ -56,10 +56,12 @@ def convert(
     dry_run: Annotated[bool, _option("--dry-run", panel=START, help="Check everything, write nothing.")] = False,
     epochs: Annotated[int | None, _option(help="Binary epochs; 0: post-training mode.")] = None,
     fp_epochs: Annotated[int | None, _option(help="Full-precision epochs before the conversion.")] = None,
-    batch_size: Annotated[int | None, _option("-b", "--batch-size", help="Images at a time.")] = None,
+    batch_size: Annotated[int | None, _option("-b", "--batch-size", help="Images at a time, in each process.")] = None,
     grad_accum_steps: Annotated[int | None, _option(help="Batches per optimizer step.")] = None,
     opt: Annotated[str | None, _option(help="sgd or adamw.")] = None,
-    lr: Annotated[float | None, _option(help="Learning rate.")] = None,
+    lr: Annotated[
+        float | None, _option(help="Learning rate; it is not scaled by the number of images or processes.")
+    ] = None,
     fp_lr: Annotated[float | None, _option(help="Learning rate of the full-precision epochs.")] = None,
     momentum: Annotated[float | None, _option(help="Of sgd.")] = None,
     weight_decay: Annotated[float | None, _option(help="Never applied to binary layers.")] = None,
@@ -149,6 +151,7 @@ def convert(
                 result = go_on(run, options=options, watcher=terminal)
         except Interrupted as error:
             raise Interrupted(f"{error}; {_again(error.run, device, workers, save_every)}") from None
+    launch.leave()
     if not launch.is_main():
         return
     if as_json:
