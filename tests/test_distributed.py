@@ -23,7 +23,10 @@ from PIL import Image
 from siman_convert.cli import run as run_command
 from siman_convert.conversion import _own_device
 from siman_convert.errors import InputError
+from siman_convert.preparation import check_environment
+from siman_convert.recipe import Recipe
 from siman_convert.runs import Run
+from siman_convert.watch import Watcher
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 SIMAN = ["-m", "siman_convert"]
@@ -34,7 +37,7 @@ LIMIT = 600  # seconds; a hang, not slowness, should reach it
 def command(output: Path, data: Path, *extra: str) -> list[str]:
     return [
         "convert", "test_resnet", "--data", str(data), "--weights", "none", "--output", str(output), "--device", "cpu",
-        "--experiment", "run", "--fp-epochs", "1", "--epochs", "3", "-b", "16", "--set", "calibration_images=64",
+        "--experiment", "run", "--fp-epochs", "1", "--epochs", "2", "-b", "16", "--set", "calibration_images=64",
         "--set", "final_calibration_images=64", *extra,
     ]  # fmt: skip
 
@@ -172,10 +175,10 @@ def test_one_process_speaks_and_writes(
     assert run_command(command(tmp_path, digits)) == 0
     alone = {path.relative_to(tmp_path) for path in tmp_path.rglob("*")}
     assert {path.relative_to(run.folder.parent) for path in run.folder.parent.rglob("*")} - alone == {
-        Path("run/state/000006/random_states_1.pkl")  # each process resumes with its own
+        Path("run/state/000005/random_states_1.pkl")  # each process resumes with its own
     }
     assert [(record["phase"], record["epoch"]) for record in run.metrics()] == [
-        ("full-precision", 1), ("binary", 0), ("binary", 1), ("binary", 2), ("binary", 3), ("binary", 3),
+        ("full-precision", 1), ("binary", 0), ("binary", 1), ("binary", 2), ("binary", 2),
     ]  # fmt: skip
     assert {record["images"] for record in run.metrics()} == {97}
     lines = [line for line in done.stdout.splitlines() if line]
@@ -211,42 +214,33 @@ def test_eval_repeats_what_two_processes_measured(
 def test_killed_processes_are_started_anew_and_end_the_same(
     together: tuple[Run, subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
 ) -> None:
-    """First the one that does not write, then the one that does, whose loading process still holds the run."""
-    run = Run(tmp_path / "run")
+    """First one that does not write, before anything was saved; then the one that does, while its loading process lives on.
+
+    A launch begins no second run and takes none of another launch: what has the name asked for is not its own.
+    """
+    (tmp_path / "run").mkdir()
+    run = Run(tmp_path / "run-2")
     arguments = [*TORCHRUN, "--max-restarts", "2", *SIMAN, *command(tmp_path, digits, "-j", "1")]
     with Training(arguments) as training:
-        for rank, records in ((1, 2), (0, 4)):
-            training.wait_for(lambda records=records: len(run.metrics()) >= records)  # type: ignore[misc]
-            training.kill(rank)
-            again = (2 - rank) * [f"note started anew by the launcher: going on with {run.folder}"]
-            training.wait_for(lambda again=again: [line for line in training.lines if "anew" in line] == again)  # type: ignore[misc]
-        assert training.process.wait(LIMIT) == 0
-    assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["run"]
-    assert outcome(run) == outcome(together[0])
-    assert len(ours(training.errors)) <= 2
-    for line in ours(training.errors):  # of the process that was not killed
-        assert line.startswith(("siman: another process of this training ended", "siman: stopped while re-estimating"))
-
-
-def test_started_anew_before_anything_was_saved(digits: Path, tmp_path: Path) -> None:
-    """A launch begins no second run, and takes none of another launch: that of the name asked for stands there already."""
-    (tmp_path / "run").mkdir()
-    arguments = command(tmp_path, digits, "--fp-epochs", "0", "--epochs", "1", "--set", "final_calibration_images=0")
-    run = Run(tmp_path / "run-2")
-    with Training([*TORCHRUN, "--max-restarts", "1", *SIMAN, *arguments]) as training:
         training.wait_for(lambda: f"run {run.folder}" in training.lines)
         assert run.state() is None
         training.kill(1)
+        training.wait_for(lambda: len(run.metrics()) >= 3)
+        training.kill(0)
         assert training.process.wait(LIMIT) == 0
-    assert [record["epoch"] for record in run.metrics()] == [0, 1]
+    assert training.lines.count(f"note started anew by the launcher: going on with {run.folder}") == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "run", "run-2"]
+    assert outcome(run) == outcome(together[0])
+    assert len(ours(training.errors)) <= 2
+    for line in ours(training.errors):  # of the process that was not killed
+        assert line.startswith(("siman: another process of this training ended", "siman: stopped "))
 
 
 def test_ctrl_c_saves_and_the_named_command_goes_on(
     together: tuple[Run, subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
 ) -> None:
     with Training([*TORCHRUN, *SIMAN, *command(tmp_path, digits)]) as training:
-        training.wait_for(lambda: any(line.startswith("binary 1/3") for line in training.lines))
+        training.wait_for(lambda: any(line.startswith("binary 1/2") for line in training.lines))
         training.process.send_signal(signal.SIGINT)
         assert training.process.wait(LIMIT) != 0
     (line,) = ours(training.errors)
@@ -276,12 +270,20 @@ def test_an_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     assert line.endswith(str(broken))
 
 
-def test_what_all_processes_find_wrong_is_said_once(digits: Path, tmp_path: Path) -> None:
-    done = launched([*TORCHRUN, *SIMAN, *command(tmp_path, digits, "--sync-bn")])
+def test_what_all_processes_find_wrong_is_said_once() -> None:
+    done = launched([*TORCHRUN, *SIMAN, "convert", "test_resnet", "--set", "nonsense=1"])
     assert done.returncode == 1
     (line,) = ours(done.stderr)
-    assert line.startswith("siman: --sync-bn: torch synchronises BatchNorm on GPUs only, and this is cpu; leave it out")
-    assert list(tmp_path.iterdir()) == []
+    assert line.startswith("siman: recipe finetune: unknown field 'nonsense'")
+
+
+def test_synchronised_batch_norm_is_refused_where_torch_has_none() -> None:
+    device, recipe = torch.device("cpu"), Recipe(sync_bn=True)
+    with pytest.raises(
+        InputError, match="--sync-bn: torch synchronises BatchNorm on GPUs only, and this is cpu; leave it"
+    ):
+        check_environment(device, 2, recipe, Watcher())
+    check_environment(device, 1, recipe, Watcher())
 
 
 def test_every_process_takes_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
