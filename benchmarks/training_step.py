@@ -32,8 +32,9 @@ from siman_convert.models import create, require_known
 from siman_convert.objective import Objective
 from siman_convert.plans import make_plan
 from siman_convert.recipe import Recipe, load_recipe
+from siman_convert.schedule import make_optimizer
 from siman_convert.surgery import apply_plan, binary_layers
-from siman_convert.train import TrainingStep, make_optimizer
+from siman_convert.train import TrainingStep
 
 MIB = 1 << 20
 USUAL_CASES = ("siman_resnet20:32:128", "siman_resnet18:32:128", "resnet18:32:128", "resnet18:224:16")

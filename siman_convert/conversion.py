@@ -5,10 +5,10 @@
 Everything is decided and checked before anything is written; from then on the run folder can be resumed at any moment.
 """
 
+import contextlib
 import copy
 import itertools
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
+from siman_convert import launch
 from siman_convert.calibrate import estimate_batch_norm, fit_scales
 from siman_convert.data import iterate, train_loader
 from siman_convert.environment import describe_environment, siman_version
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, Interrupted
 from siman_convert.evaluation import resolve_device
 from siman_convert.files import disk_errors, replacing
 from siman_convert.guards import Stop, one_line_errors, stopping_on_signals
@@ -32,12 +33,14 @@ from siman_convert.objective import Objective
 from siman_convert.preparation import Job, check_duration, check_environment, check_job, check_resumed_job
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Progress, Run, RunInfo, require_usable, run_name
+from siman_convert.schedule import Span
 from siman_convert.subjects import load_run_model
 from siman_convert.surgery import apply_plan, binary_layers
-from siman_convert.train import Phase, Span, save_weights
+from siman_convert.train import Phase, save_weights
 from siman_convert.watch import Watcher
 
 CALIBRATION_BATCH = 64  # images; statistics are averaged over batches, so this is not the training batch
+LOADERS_END = 15.0  # seconds; what loads images for a killed process holds the run until it notices, after 5
 NOTHING_WRITTEN = "stopped before anything was written"
 
 
@@ -85,6 +88,8 @@ def convert(
 
     Raises InputError for what the user can mend before anything is written, SimanError for what fails later (numerics,
     memory, disk) and Interrupted when a signal asked to stop; in both latter cases the run can be resumed.
+
+    Processes that a launcher starts anew go on with the run that they began. Only the main process has its `watcher` told.
     """
     recipe, options, watcher = recipe or Recipe(), options or Options(), watcher or Watcher()
     with one_line_errors(recipe.batch_size, recipe.grad_accum_steps), stopping_on_signals() as stop:
@@ -92,7 +97,10 @@ def convert(
         require_usable(options.output, options.experiment)
         accelerator = _accelerator(recipe, options.device)
         watcher = watcher if accelerator.is_main_process else Watcher()
-        check_environment(accelerator.device, accelerator.num_processes, watcher)
+        if former := _from_main(launch.former_run() or ""):
+            watcher.note(f"started anew by the launcher: going on with {former}")
+            return _go_on(Run(Path(former)), accelerator, options, watcher, stop)
+        check_environment(accelerator.device, accelerator.num_processes, recipe, watcher)
         job = check_job(model, data, recipe, weights, options.workers, watcher)
         stop.check(NOTHING_WRITTEN)
         check_duration(job, accelerator.device, accelerator.num_processes, watcher)
@@ -100,7 +108,7 @@ def convert(
         if options.dry_run:
             return None
         run = _create_run(job, options, accelerator)
-        with run.locked(accelerator.is_main_process):
+        with _holding(run, accelerator.is_main_process):
             return _train(job, run, options, watcher, stop)
 
 
@@ -110,21 +118,43 @@ def resume(run: Run, *, options: Options | None = None, watcher: Watcher | None 
     recipe = run.recipe()
     with one_line_errors(recipe.batch_size, recipe.grad_accum_steps), stopping_on_signals() as stop:
         accelerator = _accelerator(recipe, options.device)
-        watcher = watcher if accelerator.is_main_process else Watcher()
-        with run.locked(accelerator.is_main_process and not options.dry_run):
-            if accelerator.is_main_process and not options.dry_run:
-                with disk_errors(run.folder):
-                    run.publish()
-            accelerator.wait_for_everyone()
-            check_environment(accelerator.device, accelerator.num_processes, watcher)
-            job = check_resumed_job(run, options.workers, watcher)
-            stop.check("stopped before training went on")
-            return None if options.dry_run else _train(job, run, options, watcher, stop)
+        return _go_on(run, accelerator, options, watcher if accelerator.is_main_process else Watcher(), stop)
+
+
+def _go_on(run: Run, accelerator: Accelerator, options: Options, watcher: Watcher, stop: Stop) -> Result | None:
+    writes = accelerator.is_main_process and not options.dry_run
+    with _holding(run, writes):
+        if writes:
+            with disk_errors(run.folder):
+                run.publish()
+        accelerator.wait_for_everyone()
+        check_environment(accelerator.device, accelerator.num_processes, run.recipe(), watcher)
+        job = check_resumed_job(run, options.workers, watcher)
+        stop.check("stopped before training went on")
+        return None if options.dry_run else _train(job, run, options, watcher, stop)
+
+
+@contextlib.contextmanager
+def _holding(run: Run, wanted: bool) -> Iterator[None]:
+    """Hold the run; who is asked to stop meanwhile says which run to go on with."""
+    with run.locked(wanted, LOADERS_END if launch.attempt() else 0.0):
+        try:
+            yield
+        except Interrupted as error:
+            error.run = run.folder
+            raise
+
+
+def _from_main(text: str) -> str:
+    """What the main process says, in every process."""
+    values = [text]
+    broadcast_object_list(values)
+    return values[0]
 
 
 def _create_run(job: Job, options: Options, accelerator: Accelerator) -> Run:
-    """The run folder, made by the main process and known to all."""
-    folder = [""]
+    """The run folder, made by the main process and known to all. Raises InputError where one of them cannot see it."""
+    folder = ""
     if accelerator.is_main_process:
         info = RunInfo(
             model=job.loaded.name,
@@ -145,16 +175,20 @@ def _create_run(job: Job, options: Options, accelerator: Accelerator) -> Run:
             if job.teacher:
                 with replacing(run.folder / "teacher.safetensors") as temporary:
                     save_weights(job.teacher, temporary)
-            folder = [str(run.folder)]
-    broadcast_object_list(folder)
-    return Run(Path(folder[0]))
+            folder = str(run.folder)
+            launch.remember_run(folder)
+    folder = _from_main(folder)
+    if not (Path(folder) / "run.json").is_file():
+        raise InputError(f"--output {options.output}: process {accelerator.process_index} cannot see {folder}, which process 0 "
+                         "made; expected a folder that all machines share")  # fmt: skip
+    return Run(Path(folder))
 
 
 def _train(job: Job, run: Run, options: Options, watcher: Watcher, stop: Stop) -> Result:
     """Both phases, from wherever the run's state is."""
     watcher.start_run(run.folder)
     progress, state = run.progress(), run.state()
-    processes = _processes()
+    processes = launch.processes()
     if progress.step and progress.processes != processes:
         raise InputError(
             f"{run.folder} was stopped within an epoch of {progress.processes} processes; go on with as many, not {processes}"
@@ -298,18 +332,32 @@ def _result(job: Job, run: Run, progress: Progress) -> Result:
 
 def _accelerator(recipe: Recipe, device: str) -> Accelerator:
     """A fresh Accelerator for a phase. In one process its shared state is made anew, so that settings can differ."""
-    if _processes() == 1:
+    if launch.processes() == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
-    target = resolve_device(device)
+    target = _own_device(device)
     precision = {"float16": "fp16", "bfloat16": "bf16"}[recipe.amp_dtype] if recipe.amp else "no"
     if target.index is not None:
         torch.cuda.set_device(target)
+    if launch.processes() > 1:
+        launch.rejoin("nccl" if target.type == "cuda" else "gloo")
     try:
         return Accelerator(cpu=target.type == "cpu", mixed_precision=precision, rng_types=[])
     except ValueError as error:  # this device cannot do that precision
         raise InputError(f"--amp-dtype {recipe.amp_dtype}: {error}; leave out --amp, or use bfloat16") from error
 
 
-def _processes() -> int:
-    """Processes of this training; 1 unless torchrun or accelerate started more."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def _own_device(device: str) -> torch.device:
+    """The device of this process: of several on one machine with GPUs, each has one of its own. Raises InputError."""
+    if launch.processes() == 1 or device == "cpu":
+        return resolve_device(device)
+    if device not in ("auto", "cuda"):
+        raise InputError(
+            f"--device {device}: not with {launch.processes()} processes; expected cuda, where each takes a GPU, or cpu"
+        )
+    gpus, rank = torch.cuda.device_count(), launch.local_rank()
+    if gpus == 0:
+        return resolve_device(device)
+    if rank >= gpus:
+        raise InputError(f"--device {device}: no GPU for process {rank + 1} on a machine of {gpus}; start as many processes "
+                         "as GPUs, or add --device cpu")  # fmt: skip
+    return resolve_device(f"cuda:{rank}")

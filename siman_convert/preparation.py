@@ -25,8 +25,9 @@ from siman_convert.objective import attention_distance, stage_outputs
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Run
+from siman_convert.schedule import Span
 from siman_convert.subjects import open_run_data
-from siman_convert.train import Data, Span
+from siman_convert.train import Data
 from siman_convert.watch import Watcher
 
 
@@ -51,8 +52,11 @@ class Job:
         return recipe.distils and knows
 
 
-def check_environment(device: torch.device, processes: int, watcher: Watcher) -> None:
-    """Step 1."""
+def check_environment(device: torch.device, processes: int, recipe: Recipe, watcher: Watcher) -> None:
+    """Step 1. Raises InputError."""
+    if recipe.sync_bn and processes > 1 and device.type != "cuda":
+        raise InputError(f"--sync-bn: torch synchronises BatchNorm on GPUs only, and this is {device.type}; leave it out, "
+                         "or train in one process")  # fmt: skip
     facts = describe_environment(device)
     several = f", {processes} processes" if processes > 1 else ""
     packages = facts["packages"]

@@ -110,6 +110,7 @@ class Recipe(BaseModel):
     amp: bool = False  # mixed precision
     amp_dtype: Literal["float16", "bfloat16"] = "bfloat16"
     channels_last: bool = False
+    sync_bn: bool = False  # BatchNorm's statistics over all processes, on GPUs
     seed: Count = 42
 
     # Data

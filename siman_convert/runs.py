@@ -178,14 +178,17 @@ class Run:
         return _validated(Progress, _read_json(path), path)
 
     @contextlib.contextmanager
-    def locked(self, wanted: bool = True) -> Iterator[None]:
-        """Hold the run while it is trained; InputError where another process does. A killed process lets go of it."""
+    def locked(self, wanted: bool = True, patience: float = 0.0) -> Iterator[None]:
+        """Hold the run while it is trained; InputError where another process does, for longer than `patience` seconds.
+
+        A killed process lets go of it, at once or when its loading processes have noticed its death.
+        """
         if not wanted:
             yield
             return
         lock = FileLock(self.folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience)
         except Timeout:
             raise InputError(
                 f"{self.folder} is being trained by another process; wait for it, or stop it first"

@@ -2,6 +2,9 @@
 
 What a step computes depends on weights, recipe and position (phase, epoch, step, process) alone, so that a resumed run goes
 on bit for bit as an uninterrupted one would: data order, augmentation and all other generators are seeded from the position.
+
+Several processes are torch's DistributedDataParallel through accelerate: each takes equally many images a step, so that the mean
+of their gradients is that of all images. BatchNorm's running statistics are those of process 0, unless it is synchronised.
 """
 
 import contextlib
@@ -13,15 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -34,10 +37,10 @@ from siman_convert.metrics import Metrics, evaluate_model
 from siman_convert.objective import Objective
 from siman_convert.recipe import Recipe
 from siman_convert.runs import EVALUATED, Progress, Record, Run
+from siman_convert.schedule import PhaseName, Span, make_optimizer, make_schedule
 from siman_convert.surgery import binary_layers
 from siman_convert.watch import Meter, Watcher
 
-PhaseName = Literal["full-precision", "activations", "weights", "binary"]
 EMA = "ema.safetensors"  # in a state
 CHECK_STEPS = 20  # on an accelerator the loss is read this often: every reading waits for the device
 
@@ -65,61 +68,6 @@ class TrainingStep(nn.Module):
         return self.objective(self.model, images, targets)
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay 0 on every parameter of the binary layers, alpha and bias included; `weight_decay` elsewhere.
-
-    l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there. In a
-    stage of binary activations alone weights are no latents and decay as any others.
-    """
-    layers = binary_layers(model).values()
-    binary = {id(p) for layer in layers for p in layer.parameters()}
-    binary -= {id(layer.weight) for layer in layers if layer.binarizes == "activations"}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in binary], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) in binary], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """The recipe's optimizer; momentum without dampening or Nesterov, as the authors'."""
-    groups = parameter_groups(model, recipe.weight_decay)
-    if recipe.opt == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=lr)
-
-
-@dataclass(frozen=True)
-class Span:
-    """What a phase trains, for how long, by which recipe, and where it lies in the run.
-
-    `before` epochs of other phases are counted with its own in what is reported, of `total`; its clip has had `clipped_before`
-    of its `clipped` epochs.
-    """
-
-    name: PhaseName
-    recipe: Recipe
-    epochs: int
-    total: int
-    before: int = 0
-    clipped_before: int = 0
-    clipped: int = 0
-    lr: float = 0.0
-
-    @classmethod
-    def full_precision(cls, recipe: Recipe) -> "Span":
-        """The epochs before the conversion."""
-        return cls("full-precision", recipe, recipe.fp_epochs, recipe.fp_epochs, lr=recipe.fp_lr or recipe.lr)
-
-    @classmethod
-    def binary(cls, recipe: Recipe, stage: int) -> "Span":
-        """A stage of the epochs after it."""
-        at = recipe.resolved_stages[stage]
-        return cls(at.name, at.recipe, at.recipe.epochs, recipe.binary_epochs, at.before, at.clipped_before,
-                   recipe.clipped_epochs, at.recipe.lr)  # fmt: skip
-
-
 @dataclass
 class Phase:
     """One phase of training: a model with its optimizer and schedule, moved along by `train`."""
@@ -138,6 +86,8 @@ class Phase:
     def __post_init__(self) -> None:
         recipe, accelerator = self.span.recipe, self.accelerator
         self.name, self.recipe, self.epochs = self.span.name, recipe, self.span.epochs
+        if recipe.sync_bn and accelerator.num_processes > 1:  # timm's: torch's drops activations fused into a BatchNorm
+            self.model = convert_sync_batchnorm(self.model)
         for network in filter(None, (self.model, self.objective.teacher)):
             if recipe.channels_last:
                 network.to(memory_format=torch.channels_last)
@@ -147,7 +97,7 @@ class Phase:
         optimizer = make_optimizer(self.model, recipe, lr=self.span.lr)
         self.batches = _trainable_batches(len(self.data.train), recipe.batch_size, accelerator.num_processes)
         self.steps = math.ceil(self.batches / recipe.grad_accum_steps)
-        self.schedule = _schedule(optimizer, recipe, self.epochs, self.steps)
+        self.schedule = make_schedule(optimizer, recipe, self.epochs, self.steps)
         step = TrainingStep(self.model, self.objective)
         self.module, self.optimizer = accelerator.prepare(step, optimizer)
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
@@ -178,8 +128,13 @@ class Phase:
             self._finish_epoch()
 
     def evaluate(self) -> Metrics:
-        """Metrics of `evaluated_model` on the validation split, exact over all processes. Raises Interrupted."""
+        """Metrics of `evaluated_model` on the validation split, exact over all processes. Raises Interrupted.
+
+        All processes evaluate the BatchNorm statistics of process 0, which are those that `commit` saves.
+        """
         accelerator, recipe = self.accelerator, self.recipe
+        if accelerator.num_processes > 1:
+            distribute_bn(self.evaluated_model, accelerator.num_processes, reduce=False)
         loader = eval_loader(
             self.data.val,
             self.data.eval_transform,
@@ -191,13 +146,14 @@ class Phase:
         self.watcher.start_evaluation(len(self.data.val))
         metrics = evaluate_model(
             self.evaluated_model,
-            iterate(loader),
+            self._until_stopped(iterate(loader)),
             accelerator.device,
             channels_last=recipe.channels_last,
             reduce=self._sum_over_processes,
-            each=self._evaluated,
+            each=self.watcher.evaluated,
         )
-        self._note_bad(metrics.bad)
+        self.stop_if_asked()
+        self._note_bad(gather_object([*self.progress.bad_images.items(), *metrics.bad]))
         return metrics
 
     def commit(self, publish: Iterable[str] = ()) -> None:
@@ -257,7 +213,7 @@ class Phase:
         progress, accelerator = self.progress, self.accelerator
         if progress.step == 0:
             progress.sums = {"loss": 0.0, "correct": 0.0, "images": 0.0, "steps": 0.0, "seconds": 0.0}
-        meter = Meter(progress.sums)
+        meter = Meter(progress.sums, self._sum_over_processes, accelerator.num_processes)
         self.module.train()
         self.watcher.start_epoch(self.name, self._epoch, self.span.total, self.steps, progress.step)
         micro_batches = self._batches()
@@ -348,12 +304,14 @@ class Phase:
         images, targets = batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
         return (images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images), targets
 
-    def _evaluated(self, images: int) -> None:
-        self.watcher.evaluated(images)
-        if self.stop.requested and self.accelerator.num_processes == 1:  # ranks have different numbers of batches here
-            self.stop_if_asked()
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Processes have different numbers of batches in an evaluation: each ends its own, then all look who asked to stop."""
+        for batch in batches:
+            yield batch
+            if self.stop.requested:
+                return
 
-    def _note_bad(self, records: Iterable[BadRecord]) -> None:
+    def _note_bad(self, records: Iterable[BadRecord | tuple[str, str]]) -> None:
         """Count and name unreadable images; more than the recipe's share of them is an error."""
         known = self.progress.bad_images
         for path, why in records:
@@ -388,21 +346,6 @@ def _trainable_batches(images: int, batch_size: int, world: int) -> int:
     per_process = math.ceil(images / world)
     batches = math.ceil(per_process / batch_size)
     return batches - 1 if batches > 1 and per_process % batch_size == 1 else batches
-
-
-def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, steps: int) -> CosineLRScheduler:
-    """Cosine to min_lr after a linear warm-up, as a pure function of the update (or epoch): nothing to save."""
-    unit = steps if recipe.sched_on_updates else 1
-    warmup = min(recipe.warmup_epochs, max(0, epochs - 1))
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(2, (epochs - warmup) * unit),  # of 1 it warns, and its first rate is the same
-        lr_min=recipe.min_lr,
-        warmup_t=warmup * unit,
-        warmup_lr_init=recipe.warmup_lr,
-        warmup_prefix=True,
-        t_in_epochs=not recipe.sched_on_updates,
-    )
 
 
 def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

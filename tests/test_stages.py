@@ -15,7 +15,7 @@ from siman_convert.frozen import freeze
 from siman_convert.layers import Binarized, SiMaNConv2d
 from siman_convert.recipe import build_recipe, load_recipe
 from siman_convert.runs import Run
-from siman_convert.train import Span, parameter_groups
+from siman_convert.schedule import Span, parameter_groups
 
 ACTIVATIONS_FIRST = (
     "stages=[{binarize: activations, epochs: 1, lr: 0.01, feature_weight: 0.1}, {binarize: all, epochs: 2}]"

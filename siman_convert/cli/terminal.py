@@ -1,9 +1,9 @@
 """What a person sees of a running conversion: numbered checks, progress bars, one line an epoch.
 
-Bars are drawn on a terminal only. With `quiet` (--json) everything goes to stderr, so that stdout holds one document.
+Bars are drawn on a terminal only. With `quiet` (--json) everything goes to stderr, so that stdout holds one document. `silent`
+prints nothing at all: of several processes one speaks.
 """
 
-import shlex
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +20,8 @@ STEPS = 4  # of the check before training
 class Terminal(Watcher):
     """A Watcher that prints; a context manager, since progress bars have to be taken down."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(stderr=quiet, highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
+        self._console = Console(stderr=quiet, quiet=silent, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -30,10 +30,9 @@ class Terminal(Watcher):
             TextColumn("{task.fields[figures]}"),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=silent or not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._folder: Path | None = None
 
     def __enter__(self) -> "Terminal":
         self._bar.start()
@@ -48,17 +47,12 @@ class Terminal(Watcher):
         """One line, as it is."""
         self._console.print(escape(text))
 
-    def resume_command(self) -> str | None:
-        """What to type to go on with this run; None before there is one."""
-        return f"siman convert --resume {shlex.quote(str(self._folder))}" if self._folder else None
-
     def stage(self, number: int, title: str, text: str) -> None:
         """One of the numbered checks."""
         self._console.print(f"[dim]{number}/{STEPS}[/] [bold]{title:<11}[/] {escape(text)}")
 
     def start_run(self, folder: Path) -> None:
         """Training starts, in this folder."""
-        self._folder = folder
         self.say(f"run {folder}")
 
     def start_epoch(self, phase: str, epoch: int, epochs: int, steps: int, done: int) -> None:
