@@ -20,7 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from siman_convert.calibrate import estimate_batch_norm, fit_scales
+from siman_convert.calibrate import estimate_batch_norm, fit_scales, fit_thresholds
 from siman_convert.data import iterate, train_loader
 from siman_convert.environment import describe_environment, siman_version
 from siman_convert.errors import InputError
@@ -217,6 +217,7 @@ def _full_precision_phase(job: Job, phase: Phase, state: Path | None) -> nn.Modu
     if recipe.calibration_images:
         images = min(recipe.calibration_images, len(phase.data.train))
         phase.watcher.note(f"re-estimating alpha and BatchNorm on about {images:,} training images")
+        fit_thresholds(full_precision, model, _calibration_batches(phase, images))
         fit_scales(full_precision, model, _calibration_batches(phase, images))
         estimate_batch_norm(model, _calibration_batches(phase, images))
     return model

@@ -6,6 +6,7 @@ Weights are binarized by magnitude, not by sign (see `binarize`), so `weight` ho
 training needs. Nothing here decides when to clip, anneal or decay: that is the trainer's.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -42,19 +43,20 @@ class SiMaNConv2d(nn.Conv2d):
 
     Parameters: `weight` (C_out, C_in/groups, kH, kW), the latent weights; `alpha` (C_out,), one learned scale per output
     channel; `bias` (C_out,) or None, added after alpha. `selection` is how weights become bits: by magnitude (`half`,
-    `analytic`) or, to compare with, by `sign`.
+    `analytic`) or, to compare with, by `sign`. Without `center` the threshold is 0 in place of the mean.
 
     Training: threshold and statistics in float32 (float64 for float64 input) whatever autocast says.
     Eval: the threshold is the float64 mean rounded to float32, as in every runtime, and the integer convolution is exact.
     """
 
-    def __init__(self, *args: Any, selection: Selection = "half", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, selection: Selection = "half", center: bool = True, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
             raise InputError(f"SiMaNConv2d pads with zeros only, got padding_mode={self.padding_mode!r}")
         if selection not in binarize.SELECTIONS:
             raise InputError(f"unknown bit selection {selection!r}; known: {', '.join(binarize.SELECTIONS)}")
         self.selection: Selection = selection
+        self.center = center
         self.alpha = nn.Parameter(self._rows().detach().abs().mean(dim=1).to(self.weight.dtype))
 
     @classmethod
@@ -64,6 +66,7 @@ class SiMaNConv2d(nn.Conv2d):
         init: Init = "remap",
         selection: Selection = "half",
         generator: torch.Generator | None = None,
+        center: bool = True,
     ) -> "SiMaNConv2d":
         """A binary layer in place of `conv`; same shape, device, dtype, bias, training flag and requires_grad.
 
@@ -90,6 +93,7 @@ class SiMaNConv2d(nn.Conv2d):
             device=conv.weight.device,
             dtype=conv.weight.dtype,
             selection=selection,
+            center=center,
         )
         rows = conv.weight.detach().flatten(1)
         with torch.no_grad():
@@ -124,19 +128,22 @@ class SiMaNConv2d(nn.Conv2d):
         """The integer convolution of eval mode, before alpha and bias: (N, C_in, H, W) -> (N, C_out, H', W')."""
         bw = self.bits().to(x.dtype).mul_(2).sub_(1)
         ones = x.new_ones(self.out_channels)
-        y: Tensor = BinaryConv.apply(x, exact_mean(x), bw, ones, geometry_of(self), True)
+        y: Tensor = BinaryConv.apply(x, self._threshold(x, exact_mean), bw, ones, geometry_of(self), True, self.center)
         return y
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) -> (N, C_out, H', W'), in x's dtype, or autocast's."""
-        threshold = batch_mean(x) if self.training else exact_mean(x)
+        threshold = self._threshold(x, batch_mean if self.training else exact_mean)
         bw = BinarizeWeight.apply(self._rows(), self.selection).view_as(self.weight)
-        y: Tensor = BinaryConv.apply(x, threshold, bw, self.alpha, geometry_of(self), not self.training)
+        y: Tensor = BinaryConv.apply(x, threshold, bw, self.alpha, geometry_of(self), not self.training, self.center)
         return y if self.bias is None else y + self.bias.to(y.dtype).view(-1, 1, 1)
 
     def extra_repr(self) -> str:
         base: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{base}, selection={self.selection}"
+        return f"{base}, selection={self.selection}, center={self.center}"
+
+    def _threshold(self, x: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
+        return mean(x) if self.center else x.new_zeros(1, 1, 1, 1, dtype=_statistics_dtype(x))
 
     def _rows(self) -> Tensor:
         rows = self.weight.flatten(1)
@@ -172,16 +179,24 @@ class BinaryConv(torch.autograd.Function):
 
     Saves x (which a full-precision convolution saves too), no intermediate: signs and statistics are computed again.
     The convolution's output is not needed either, since dL/dalpha_k = sum g*o = <dL/d(unscaled weight)_k, bw_k>.
-    `exact` rounds the convolution to the integer it is, whatever algorithm computed it.
+    `exact` rounds the convolution to the integer it is, whatever algorithm computed it. `center`: the threshold is x's own mean,
+    which the gradient takes into account; else it is 0 and a = x / std.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, threshold: Tensor, bw: Tensor, alpha: Tensor, geometry: Geometry, exact: bool
+        ctx: Any,
+        x: Tensor,
+        threshold: Tensor,
+        bw: Tensor,
+        alpha: Tensor,
+        geometry: Geometry,
+        exact: bool,
+        center: bool,
     ) -> Tensor:
         dtype = _compute_dtype(x)
         ctx.save_for_backward(x, threshold, bw, alpha)
-        ctx.geometry, ctx.compute_dtype = geometry, dtype
+        ctx.geometry, ctx.compute_dtype, ctx.center = geometry, dtype, center
         signs, pads = pad_signs(signs_of(x, threshold, dtype), geometry.pads)
         y = F.conv2d(signs, bw.to(dtype), None, geometry.stride, pads, geometry.dilation, geometry.groups)
         if exact:
@@ -190,7 +205,7 @@ class BinaryConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None, None]:
         x, threshold, bw, alpha = ctx.saved_tensors
         geometry, dtype = ctx.geometry, ctx.compute_dtype
         signs, pads = pad_signs(signs_of(x, threshold, dtype), geometry.pads)
@@ -204,11 +219,12 @@ class BinaryConv(torch.autograd.Function):
         grad_alpha = (grad_unscaled * bw).sum(dim=(1, 2, 3)).to(alpha.dtype)
         grad_bw = grad_unscaled.mul_(alpha.to(bw.dtype).view(-1, 1, 1, 1))
         if not ctx.needs_input_grad[0]:
-            return None, None, grad_bw, grad_alpha, None, None
+            return None, None, grad_bw, grad_alpha, None, None, None
         if signs.shape != x.shape:
             left, right, top, bottom = geometry.pads
             grad_signs = F.pad(grad_signs, (-left, -right, -top, -bottom))
-        return sign_backward(grad_signs, x, threshold), None, grad_bw, grad_alpha, None, None
+        grad_x = sign_backward(grad_signs, x, threshold) if ctx.center else static_sign_backward(grad_signs, x)
+        return grad_x, None, grad_bw, grad_alpha, None, None, None
 
 
 def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor) -> Tensor:
@@ -225,6 +241,18 @@ def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor) -> Tensor:
     slope = _inner(p, a).view(shape) / max(1, count - 1)
     p.sub_(p.mean(dim=(1, 2, 3), keepdim=True)).sub_(a.mul_(slope)).mul_(rstd)
     return p.to(x.dtype)
+
+
+def static_sign_backward(grad_signs: Tensor, x: Tensor) -> Tensor:
+    """Gradient of sign(a), a = x / std with the threshold at 0, with d sign(a)/da := max(0, 2 - 2|a|).
+
+    std = sqrt(sum(x^2) / (N - 1) + EPS) of each sample only sets how wide the surrogate is (`sign_backward` has it alike); the
+    sign does not depend on it, so it counts as a constant:  dL/dx = grad_signs * max(0, 2 - 2|a|) / std.
+    """
+    wide = x.to(_statistics_dtype(x))  # (N, C, H, W)
+    rstd = torch.rsqrt(_inner(wide, wide) / max(1, x[0].numel() - 1) + binarize.EPS).view(-1, 1, 1, 1)
+    p = (wide * rstd).abs_().mul_(-2).add_(2).clamp_(min=0).mul_(grad_signs)
+    return p.mul_(rstd).to(x.dtype)
 
 
 def _inner(a: Tensor, b: Tensor) -> Tensor:

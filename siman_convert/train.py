@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from siman_convert.binarize import clip_percent
+from siman_convert.blocks import Shift
 from siman_convert.data import AnySplit, BadRecord, Batch, Transform, eval_loader, iterate, train_loader
 from siman_convert.errors import InputError, Interrupted, SimanError
 from siman_convert.files import disk_errors
@@ -67,11 +68,12 @@ class TrainingStep(nn.Module):
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay 0 on every parameter of the binary layers, alpha and bias included; `weight_decay` elsewhere.
+    """Weight decay 0 on every parameter of the binary layers, alpha, bias and shifts included; `weight_decay` elsewhere.
 
     l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there.
     """
-    binary = {id(p) for layer in binary_layers(model).values() for p in layer.parameters()}
+    thresholds = [module for module in model.modules() if isinstance(module, Shift)]
+    binary = {id(p) for layer in (*binary_layers(model).values(), *thresholds) for p in layer.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if id(p) not in binary], "weight_decay": weight_decay},

@@ -627,10 +627,10 @@ TEXTS: dict[str, tuple[Callable[[str], dict[str, str]], str]] = {
     "NaN": (lambda text: {"siman": text.replace('"top1":61.25', '"top1":NaN')}, "cannot be written as JSON"),
     "surrogate": (lambda text: {"siman": text.replace("ab12", "\\ud800")}, "cannot be written as JSON in UTF-8"),
     "deep": (lambda _: {"siman": "[" * 100_000}, "metadata: not JSON"),
-    "a list": (lambda _: {"siman": "[]"}, "metadata: format: expected 1, found None"),
+    "a list": (lambda _: {"siman": "[]"}, "metadata: format: expected 2, found None"),
     "newer": (
-        lambda text: {"siman": text.replace('"format":1', '"format":2')},
-        "the file is of format 2, this siman reads up to 1: upgrade siman",
+        lambda text: {"siman": text.replace('"format":2', '"format":3')},
+        "the file is of format 3, this siman reads up to 2: upgrade siman",
     ),
 }  # fmt: skip
 
@@ -655,7 +655,7 @@ def test_metadata_are_json_and_come_back(metadata: Values, written: Path) -> Non
     assert from_metadata(json.loads(json.dumps(metadata)), "here") == read_description(written)
     names = "accuracy architecture arguments classes format half plan preprocess recipe_digest siman_version weights"
     assert sorted(metadata) == names.split()
-    assert (metadata["format"], metadata["arguments"]) == (1, {"num_classes": 10})
+    assert (metadata["format"], metadata["arguments"]) == (2, {"num_classes": 10})
 
 
 def test_whole_numbers_are_written_as_floating_point_ones(written: Path) -> None:
@@ -678,7 +678,7 @@ def test_a_missing_field_is_named(field: str, metadata: Values) -> None:
 
 
 WRONG: list[tuple[str, Any]] = [
-    ("format", "1"), ("format", True), ("format", 0), ("siman_version", 1), ("architecture", None), ("weights", 3),
+    ("format", "2"), ("format", 1), ("format", True), ("format", 0), ("siman_version", 1), ("architecture", None), ("weights", 3),
     ("arguments", {"num_classes": "10"}), ("arguments", {"num_classes": 10, "x": 1}), ("arguments", []),
     ("classes", []), ("classes", "abcdefghij"), ("classes", list(range(10))), ("plan", None), ("plan", {}),
     ("preprocess", {}), ("preprocess", []), ("recipe_digest", ["ab"]), ("accuracy", 61.0), ("accuracy", {"top1": 1.0}),
