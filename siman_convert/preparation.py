@@ -229,5 +229,6 @@ def _report_plan(job: Job, watcher: Watcher) -> None:
     size = f"{costs.bytes_before / 1e6:.1f} -> {costs.bytes_after / 1e6:.1f} MB"
     text = f"{plan.model}: {len(plan.binarized)} of {len(plan.decisions)} convolutions become binary, {share:.1f} % of the work"
     added, prelus = len(plan.topology.norm_of), len(plan.topology.prelus)
-    around = (f"; {added} shortcuts added" if added else "") + (f"; {prelus} PReLUs" if prelus else "")
+    around = f"; {added} shortcuts added" if plan.topology.shortcuts else ""
+    around += f"; {prelus} PReLUs" if job.recipe.prelu else ""
     watcher.stage(3, "plan", f"{text}{around}; {size}; input {'x'.join(map(str, job.preprocess.input_size))}")

@@ -430,7 +430,10 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     ),
     "another operator of ours": (of_another_operator, "grouped: siman.Shell of 6 inputs; expected BinaryConv2d of 6"),
     "a newer format": (metadata(lambda v: v.update(format=3)), "format 3, this siman reads up to 2: upgrade siman"),
-    "an older format": (metadata(lambda v: v.update(format=1)), "format 1, this siman reads 2: export it again from"),
+    "an older format": (
+        metadata(lambda v: v.update(format=1)),
+        "format 1, this siman reads 2 only: read it with the siman that wrote it",
+    ),
     "no format": (metadata(lambda v: v.pop("format")), "metadata: format: expected 2, found None"),
     "an unknown field": (metadata(lambda v: v.update(more=1)), "metadata: more: expected nothing, found 1"),
     "a missing field": (metadata(lambda v: v.pop("plan")), "plan: Field required"),
