@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from siman_convert import launch
-from siman_convert.calibrate import estimate_batch_norm, fit_scales
+from siman_convert.calibrate import estimate_batch_norm, fit_scales, fit_thresholds
 from siman_convert.data import iterate, train_loader
 from siman_convert.environment import describe_environment, siman_version
 from siman_convert.errors import InputError, Interrupted
@@ -277,6 +277,9 @@ def _converted(job: Job, phase: Phase) -> nn.Module:
         seed=recipe.seed,
         binarizes=recipe.resolved_stages[0].binarize,
     )
+    if recipe.calibration_images:
+        images = min(recipe.calibration_images, len(phase.data.train))
+        fit_thresholds(phase.evaluated_model, model, _calibration_batches(phase, images))
     return _calibrated(model, phase, recipe)
 
 

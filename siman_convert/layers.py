@@ -6,6 +6,7 @@ Weights are binarized by magnitude, not by sign (see `binarize`), so `weight` ho
 training needs. Nothing here decides when to clip, anneal or decay: that is the trainer's.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
@@ -45,14 +46,22 @@ class SiMaNConv2d(nn.Conv2d):
 
     Parameters: `weight` (C_out, C_in/groups, kH, kW), the latent weights; `alpha` (C_out,), one learned scale per output
     channel; `bias` (C_out,) or None, added after alpha. `selection` is how weights become bits: by magnitude (`half`,
-    `analytic`) or, to compare with, by `sign`. `binarizes` is what is binary: in a stage of training it may be the activations or
-    the weights alone, with the same parameters; latent weights are then, or activations are, taken as they are.
+    `analytic`) or, to compare with, by `sign`. Without `center` the threshold is 0 in place of the mean. `binarizes` is what is
+    binary: in a stage of training it may be the activations or the weights alone, with the same parameters; latent weights are
+    then, or activations are, taken as they are.
 
     Training: threshold and statistics in float32 (float64 for float64 input) whatever autocast says.
     Eval: the threshold is the float64 mean rounded to float32, as in every runtime, and the integer convolution is exact.
     """
 
-    def __init__(self, *args: Any, selection: Selection = "half", binarizes: Binarized = "all", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        selection: Selection = "half",
+        binarizes: Binarized = "all",
+        center: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         if self.padding_mode != "zeros":
             raise InputError(f"SiMaNConv2d pads with zeros only, got padding_mode={self.padding_mode!r}")
@@ -62,6 +71,7 @@ class SiMaNConv2d(nn.Conv2d):
             raise InputError(f"unknown kind of layer {binarizes!r}; known: {', '.join(BINARIZED)}")
         self.selection: Selection = selection
         self.binarizes: Binarized = binarizes
+        self.center = center
         self.alpha = nn.Parameter(self._rows().detach().abs().mean(dim=1).to(self.weight.dtype))
 
     @classmethod
@@ -72,6 +82,7 @@ class SiMaNConv2d(nn.Conv2d):
         selection: Selection = "half",
         generator: torch.Generator | None = None,
         binarizes: Binarized = "all",
+        center: bool = True,
     ) -> "SiMaNConv2d":
         """A binary layer in place of `conv`; same shape, device, dtype, bias, training flag and requires_grad.
 
@@ -100,6 +111,7 @@ class SiMaNConv2d(nn.Conv2d):
             dtype=conv.weight.dtype,
             selection=selection,
             binarizes=binarizes,
+            center=center,
         )
         layer._start_from(conv.weight.detach().flatten(1), init, generator)
         if conv.bias is not None:
@@ -168,16 +180,18 @@ class SiMaNConv2d(nn.Conv2d):
         if self.binarizes == "weights":
             y: Tensor = self._conv_forward(x, weight.to(x.dtype), None)
             return y * alpha.to(y.dtype).view(-1, 1, 1)
-        threshold = exact_mean(x) if exact else batch_mean(x)
-        binary: Tensor = BinaryConv.apply(
-            x, threshold, weight, alpha, geometry_of(self), exact and self.binarizes == "all"
-        )
+        threshold = self._threshold(x, exact_mean if exact else batch_mean)
+        integers = exact and self.binarizes == "all"
+        binary: Tensor = BinaryConv.apply(x, threshold, weight, alpha, geometry_of(self), integers, self.center)
         return binary
 
     def extra_repr(self) -> str:
         base: str = super().extra_repr()  # type: ignore[no-untyped-call]
         stage = "" if self.binarizes == "all" else f", binarizes={self.binarizes}"
-        return f"{base}, selection={self.selection}{stage}"
+        return f"{base}, selection={self.selection}, center={self.center}{stage}"
+
+    def _threshold(self, x: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
+        return mean(x) if self.center else x.new_zeros(len(x), 1, 1, 1, dtype=_statistics_dtype(x))
 
     def _rows(self) -> Tensor:
         rows = self.weight.flatten(1)
@@ -208,15 +222,23 @@ class BinaryConv(torch.autograd.Function):
 
     Saves x (which a full-precision convolution saves too), no intermediate: signs and statistics are computed again.
     The convolution's output is not needed either, since dL/dalpha_k = sum g*o = <dL/d(unscaled weight)_k, bw_k>.
-    `exact` rounds the convolution to the integer it is, whatever algorithm computed it.
+    `exact` rounds the convolution to the integer it is, whatever algorithm computed it. `center`: the threshold is x's own mean,
+    which the gradient takes into account; else it is 0 and a = x / std.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, threshold: Tensor, bw: Tensor, alpha: Tensor, geometry: Geometry, exact: bool
+        ctx: Any,
+        x: Tensor,
+        threshold: Tensor,
+        bw: Tensor,
+        alpha: Tensor,
+        geometry: Geometry,
+        exact: bool,
+        center: bool,
     ) -> Tensor:
         ctx.save_for_backward(x, threshold, bw, alpha)
-        ctx.geometry, ctx.compute_dtype = geometry, _compute_dtype(x)
+        ctx.geometry, ctx.compute_dtype, ctx.center = geometry, _compute_dtype(x), center
         weight, scale = bw.to(ctx.compute_dtype), alpha.to(ctx.compute_dtype).view(-1, 1, 1)
 
         def convolved(samples: Tensor, thresholds: Tensor) -> Tensor:
@@ -228,7 +250,7 @@ class BinaryConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None, None, None]:
         x, threshold, bw, alpha = ctx.saved_tensors
         geometry, dtype, wants_x = ctx.geometry, ctx.compute_dtype, ctx.needs_input_grad[0]
         # The input's gradient wants the scaled weight, the weight's gradient the unscaled output gradient: one call does both.
@@ -243,27 +265,31 @@ class BinaryConv(torch.autograd.Function):
             )  # fmt: skip
             grad_unscaled.add_(grad_weight)
             if wants_x:
-                out.copy_(sign_backward(_unpadded(grad_signs, geometry.pads, samples), samples, thresholds))
+                inside = _unpadded(grad_signs, geometry.pads, samples)
+                out.copy_(sign_backward(inside, samples, thresholds, centred=ctx.center))
         grad_alpha = torch.linalg.vecdot(grad_unscaled.flatten(1), bw.flatten(1)).to(alpha.dtype)
         grad_bw = grad_unscaled.mul_(alpha.to(bw.dtype).view(-1, 1, 1, 1))
-        return grad_x if wants_x else None, None, grad_bw, grad_alpha, None, None
+        return grad_x if wants_x else None, None, grad_bw, grad_alpha, None, None, None
 
 
-def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor) -> Tensor:
+def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor, *, centred: bool = True) -> Tensor:
     """Gradient of sign(a), a = (x - mean) / std per sample over (C, H, W), with d sign(a)/da := max(0, 2 - 2|a|).
 
     With p = grad_signs * max(0, 2 - 2|a|):  dL/dx = (p - mean(p) - a * sum(p*a) / (N - 1)) / std,  N = C*H*W.
     Here with c = x - mean and q = grad_signs * max(0, std - |c|), so p = 2q / std, which leaves fewer passes:
     dL/dx = (q - mean(q) - c * sum(q*c) / (var * (N - 1))) * 2 / var.  In the dtype of `mean`.
+    Not `centred`, `mean` is 0, and std = sqrt(sum(x^2) / (N - 1) + EPS) only sets how wide the surrogate is: the sign does not
+    depend on it, so it counts as a constant, and dL/dx = 2q / var.
     """
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     x, grad_signs = x.contiguous(memory_format=layout), grad_signs.contiguous(memory_format=layout)
     freedom = max(1, x[0].numel() - 1)
-    centred = _samples(x).to(mean.dtype) - mean.view(-1, 1)  # (N, C*H*W)
-    variance = (_inner(centred, centred) / freedom).add_(binarize.EPS)
-    q = centred.abs()
+    c = _samples(x).to(mean.dtype) - mean.view(-1, 1)  # (N, C*H*W)
+    variance = (_inner(c, c) / freedom).add_(binarize.EPS)
+    q = c.abs()
     torch.sub(variance.sqrt(), q, out=q).relu_().mul_(_samples(grad_signs))
-    q.addcmul_(centred, _inner(q, centred) / (variance * -freedom)).sub_(q.mean(dim=1, keepdim=True))
+    if centred:
+        q.addcmul_(c, _inner(q, c) / (variance * -freedom)).sub_(q.mean(dim=1, keepdim=True))
     return _like(q.mul_(2 / variance), x)
 
 

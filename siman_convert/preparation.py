@@ -81,7 +81,15 @@ def check_job(model: str, data: str, recipe: Recipe, weights: str | None, worker
         interpolation=recipe.interpolation,
         pad_to_size=recipe.pad_to_size,
     )
-    plan = make_plan(loaded.module, name=model, keep=recipe.keep, binarize=recipe.binarize)
+    plan = make_plan(
+        loaded.module,
+        name=model,
+        keep=recipe.keep,
+        binarize=recipe.binarize,
+        shortcuts=recipe.shortcuts,
+        prelu=recipe.prelu,
+        shifts=recipe.shifts,
+    )
     if not plan.binarized:
         raise InputError(
             f"{model}: none of its {len(plan.decisions)} convolutions can be binarized; "
@@ -243,4 +251,7 @@ def _report_plan(job: Job, watcher: Watcher) -> None:
     share = 100 * (1 - costs.float_macs_share)
     size = f"{costs.bytes_before / 1e6:.1f} -> {costs.bytes_after / 1e6:.1f} MB"
     text = f"{plan.model}: {len(plan.binarized)} of {len(plan.decisions)} convolutions become binary, {share:.1f} % of the work"
-    watcher.stage(3, "plan", f"{text}; {size}; input {'x'.join(map(str, job.preprocess.input_size))}")
+    added, prelus = len(plan.topology.norm_of), len(plan.topology.prelus)
+    around = f"; {added} shortcuts added" if plan.topology.shortcuts else ""
+    around += f"; {prelus} PReLUs" if job.recipe.prelu else ""
+    watcher.stage(3, "plan", f"{text}{around}; {size}; input {'x'.join(map(str, job.preprocess.input_size))}")

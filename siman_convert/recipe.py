@@ -77,6 +77,11 @@ class Recipe(BaseModel):
     binarizer: Literal["half", "analytic", "sign"] = "half"  # how latents become bits: by magnitude, or by sign
     keep: tuple[str, ...] = ()  # globs of convolutions to keep in full precision
     binarize: tuple[str, ...] = ()  # globs of convolutions to binarize against the plan's rules
+    shortcuts: bool = (
+        False  # an identity around every binary convolution where shapes allow, with its BatchNorm (Bi-Real)
+    )
+    prelu: bool = False  # PReLU in place of ReLU behind binary convolutions, the same function at first
+    shifts: bool = False  # learned thresholds and shifts around the PReLUs (ReActNet); needs prelu
     clip_percent: Annotated[float, Field(ge=0.0, lt=50.0)] = 15.0  # clip of the first epoch; falls linearly to 0
     calibration_images: Count = 2048  # training images that re-estimate alpha and BatchNorm after conversion
     final_calibration_images: Count = 4096  # and BatchNorm again after the last binary epoch
@@ -138,6 +143,8 @@ class Recipe(BaseModel):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} goes from {low} down to {high}; expected the smaller first")
+        if self.shifts and not self.prelu:
+            raise ValueError("shifts go before the sign and around PReLUs; they need prelu (--prelu)")
         if self.label_weight == 0 and not self.taught:
             raise ValueError("label_weight and distill_weight are both 0: nothing to learn from; expected one above 0")
         staged = any(stage.distill_weight or stage.feature_weight for stage in self.stages)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 T = TypeVar("T")
-FORMAT = 1  # of run.json and the state; raised when a reader of the old one would be wrong
+FORMAT = 2  # of run.json and the state; raised when a reader of the old one would be wrong
 MAX_JSON_BYTES = 64 << 20  # class names of the largest data sets fit many times over
 EVALUATED = "evaluated.safetensors"  # in a state: the weights whose metrics the last record holds
 
@@ -127,7 +127,9 @@ class Run:
         path = self.folder / "run.json"
         values = _read_json(path)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise InputError(f"{path}: not a run of format {FORMAT}; was it written by a newer siman?")
+            found = values.get("format") if isinstance(values, dict) else None
+            age = "an older" if isinstance(found, int) and found < FORMAT else "a newer"
+            raise InputError(f"{path}: not a run of format {FORMAT} but {found}; was it written by {age} siman?")
         return _validated(RunInfo, values, path)
 
     def recipe(self) -> Recipe:

@@ -7,6 +7,7 @@ import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
 
+from siman_convert.blocks import Shift
 from siman_convert.recipe import Recipe
 from siman_convert.surgery import binary_layers
 
@@ -44,13 +45,14 @@ class Span:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay 0 on every parameter of the binary layers, alpha and bias included; `weight_decay` elsewhere.
+    """Weight decay 0 on every parameter of the binary layers, alpha, bias and shifts included; `weight_decay` elsewhere.
 
     l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there. In a
     stage of binary activations alone weights are no latents and decay as any others.
     """
     layers = binary_layers(model).values()
-    binary = {id(p) for layer in layers for p in layer.parameters()}
+    thresholds = [module for module in model.modules() if isinstance(module, Shift)]
+    binary = {id(p) for layer in (*layers, *thresholds) for p in layer.parameters()}
     binary -= {id(layer.weight) for layer in layers if layer.binarizes == "activations"}
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [

@@ -1,21 +1,26 @@
 """Stages of the binary training: layers that are binary in part, recipes that list stages, and runs that go through them."""
 
+import copy
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from test_resume import Killed, command, killed_at, outcome, resume, start
 from torch import nn
 from torch.nn import functional as F
 
 from siman_convert import binarize
+from siman_convert.calibrate import fit_scales
 from siman_convert.cli import run as run_command
 from siman_convert.errors import InputError
 from siman_convert.frozen import freeze
 from siman_convert.layers import Binarized, SiMaNConv2d
+from siman_convert.plans import make_plan
 from siman_convert.recipe import build_recipe, load_recipe
 from siman_convert.runs import Run
 from siman_convert.schedule import Span, parameter_groups
+from siman_convert.surgery import apply_plan, binary_layers
 
 ACTIVATIONS_FIRST = (
     "stages=[{binarize: activations, epochs: 1, lr: 0.01, feature_weight: 0.1}, {binarize: all, epochs: 2}]"
@@ -205,3 +210,36 @@ def test_a_run_killed_between_stages_resumes_to_the_same_bits(
     assert (run.progress().phase, run.progress().epoch) == ("activations", 1)
     resume(run)
     assert outcome(run) == outcome(staged)
+
+
+def test_alpha_of_the_next_stage_is_fitted_to_the_layers_of_the_stage_before() -> None:
+    """Within the units of a topology as well: what is fitted is the convolution's output, not its BatchNorm's."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=4).eval()
+    plan = make_plan(model, shortcuts=True, prelu=True, shifts=True)
+    before = apply_plan(model, plan, binarizes="activations")
+    after = copy.deepcopy(before)
+    for layer in binary_layers(after).values():
+        layer.binarize_all_()
+    images = torch.randn(4, 3, 64, 64)
+    fit_scales(before, after, [images])
+    name, layer = next((name, layer) for name, layer in binary_layers(after).items() if "conv2" in name)
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    binary_layers(before)[name].register_forward_hook(lambda _m, inputs, output: seen.append((inputs[0], output)))
+    before(images)
+    ((x, y),) = seen
+    o, y = (t.detach().double().transpose(0, 1).flatten(1) for t in (layer.unscaled(x), y))
+    o, y = o - o.mean(dim=1, keepdim=True), y - y.mean(dim=1, keepdim=True)
+    expected = (o * y).sum(dim=1) / (o * o).sum(dim=1)
+    fitted = expected > 0.2 * expected[expected > 0].median()
+    assert fitted.sum() > 2
+    torch.testing.assert_close(layer.alpha.detach().double()[fitted], expected[fitted], rtol=1e-4, atol=0)
+
+
+def test_a_staged_run_with_shortcuts_and_shifts_is_exported(digits: Path, tmp_path: Path) -> None:
+    stages = "stages=[{binarize: weights}, {binarize: all}]"
+    flags = ["--set", stages, "--epochs", "1", "--shortcuts", "--prelu", "--shifts", "--set", "img_size=32"]
+    start(command(tmp_path, digits, *flags))
+    run = Run(tmp_path / "run")
+    assert [record["phase"] for record in run.metrics()].count("weights") == 2
+    assert run_command(["export", str(run.folder), "--format", "onnx"]) == 0

@@ -88,6 +88,16 @@ def convert(
     seed: Annotated[int | None, _option(help="Of everything random.")] = None,
     init: Annotated[str | None, _option(help="remap, copy or scratch: what latent weights start as.")] = None,
     binarizer: Annotated[str | None, _option(help="half, analytic or sign: how weights become bits.")] = None,
+    shortcuts: Annotated[
+        bool | None,
+        _option("--shortcuts/--no-shortcuts", help="Identity around binary convolutions where shapes allow."),
+    ] = None,
+    prelu: Annotated[
+        bool | None, _option("--prelu/--no-prelu", help="PReLU for ReLU behind binary convolutions.")
+    ] = None,
+    shifts: Annotated[
+        bool | None, _option("--shifts/--no-shifts", help="Learned thresholds and shifts around PReLU; needs --prelu.")
+    ] = None,
     keep: Annotated[list[str], _option(help="Glob of convolutions to keep in full precision.")] = [],
     binarize: Annotated[list[str], _option(help="Glob of convolutions to binarize all the same.")] = [],
     img_size: Annotated[int | None, _option(panel=DATA, help="Input height and width.")] = None,
