@@ -5,8 +5,10 @@
 namespace siman {
 namespace {
 
-constexpr size_t kWaveBytes =
-    size_t{4} << 20;  // of input that is taken through the phases together, to stay in the cache
+// Of input that is taken through the phases together, to stay in the cache.
+constexpr size_t kWaveBytes = size_t{1} << 20;
+// Of X, Y and residual of a whole batch: of more, Y has left the cache since the last operator had its memory.
+constexpr size_t kCacheBytes = size_t{8} << 20;
 
 // On the boundary of a cache line: no vector of weights should straddle two.
 Bytes uninitialised_bytes(size_t size) {
@@ -64,12 +66,15 @@ void Conv::make_blocks() {
 }
 
 Status Conv::run(const Run& run, const Pool& pool) const {
-  Job job{run, pool, {}, 0, 0, 0, 0, 0, nullptr};
+  Job job{run, pool, {}, 0, 0, 0, false, 0, 0, nullptr};
   const Status status = output_shape(run.image, job.output);
   if (status != SIMAN_OK || run.image[0] == 0) return status;
   job.plane = static_cast<size_t>(run.image[2] * run.image[3]);
   job.sample = job.plane * static_cast<size_t>(run.image[1]);
   job.group_bytes = packed_bytes(job);
+  const auto y = static_cast<size_t>(job.output[0] * job.output[1] * job.output[2] * job.output[3]);
+  const size_t x = static_cast<size_t>(run.image[0]) * job.sample;
+  job.fetch_y = (x + (run.residual_is_full ? 2 * y : y)) * sizeof(float) > kCacheBytes;
   const auto in_cache = static_cast<int64_t>(kWaveBytes / (job.sample * sizeof(float)));
   const int64_t wave = std::clamp(in_cache, int64_t{1}, run.image[0]);
   job.packed = uninitialised_bytes(static_cast<size_t>(wave * geometry_.group) * job.group_bytes);
@@ -115,6 +120,7 @@ ConvTask Conv::task_for(const Job& job, int64_t sample, const Block& block) cons
   task.residual_is_full = job.run.residual_is_full;
   task.residual = job.run.residual + (job.run.residual_is_full ? y : 0);
   task.y = job.run.y + y;
+  task.fetch_y = job.fetch_y;
   describe(job, block, task);
   return task;
 }

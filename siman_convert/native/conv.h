@@ -82,6 +82,7 @@ class Conv {
     int64_t output[4];
     size_t plane, sample;            // floats of X
     size_t group_bytes;              // of one packed group of one sample
+    bool fetch_y;                    // see ConvTask
     int64_t first = 0, samples = 0;  // of X: those that go through the phases together
     Bytes packed;                    // [sample][group][group_bytes]
 

@@ -59,7 +59,8 @@ struct ConvTask {
   const float *scale, *bias, *slope;  // of the block
   const float* residual;              // of the block, as y; or one float
   bool residual_is_full;
-  float* y;  // the plane of the block's first filter
+  float* y;      // the plane of the block's first filter
+  bool fetch_y;  // before it is written: it is in no cache
   int64_t row_begin, row_end;
 };
 

@@ -126,6 +126,16 @@ void convolve_pixels(const Row& row, int64_t x, int64_t width, int32_t* acc) {
   row.template tile<P>(x, acc);
 }
 
+// Has the lines of `count` pixels of Y brought in, for filters [first, last). Of a plane that begins within a line the
+// last one is left out.
+inline void fetch_lines(const ConvTask& t, size_t pixel, size_t count, int64_t first, int64_t last) {
+  constexpr size_t kLine = 64 / sizeof(float);
+  const size_t plane = static_cast<size_t>(t.rows.out * t.columns.out);
+  const float* y = t.y + static_cast<size_t>(first) * plane + pixel;
+  for (int64_t f = first; f < last; ++f, y += plane)
+    for (size_t i = 0; i < count; i += kLine) __builtin_prefetch(y + i, 1);
+}
+
 // Segments of at most 64 pixels, whole rows where they are short: their acc stays in the first-level cache until Y is
 // written. A row is cut into tiles of nearly the same width (7 pixels are 4 + 3, not 6 + 1).
 template <class Row, class Ops, class Floats, int F>
@@ -145,6 +155,9 @@ void convolve_block(const ConvTask& t) {
       for (int64_t r = 0; r < rows; ++r) {
         row.start(y + r);
         for (int64_t i = 0; i < tiles; ++i) {
+          // A few lines a tile: that many can be on their way at once.
+          const int64_t tile = r * tiles + i, all = rows * tiles;
+          if (t.fetch_y) fetch_lines(t, pixel, count, tile * t.filters / all, (tile + 1) * t.filters / all);
           const int64_t x = i * width / tiles, end = (i + 1) * width / tiles;
           convolve_pixels<Ops::kPixels>(row, begin + x, end - x, acc + (r * width + x) * kFilters);
         }
