@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from siman_convert.errors import InputError
-from siman_convert.files import TEMPORARY_PREFIX, flush_to_disk, replacing, write_json, write_text
+from siman_convert.files import TEMPORARY_PREFIX, disk_errors, flush_to_disk, replacing, write_json, write_text
 from siman_convert.recipe import Recipe, build_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -190,7 +190,8 @@ class Run:
             return
         lock = FileLock(self.folder / ".lock")
         try:
-            lock.acquire(timeout=patience)
+            with disk_errors(self.folder):
+                lock.acquire(timeout=patience)
         except Timeout:
             raise InputError(
                 f"{self.folder} is being trained by another process; wait for it, or stop it first"

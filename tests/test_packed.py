@@ -728,7 +728,7 @@ def test_any_other_json_is_refused_or_comes_back(metadata: Values, data: st.Data
     place: Any = values
     while True:
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
-        if not isinstance(place[key], dict | list) or data.draw(st.booleans()):
+        if not place[key] or not isinstance(place[key], dict | list) or data.draw(st.booleans()):
             break
         place = place[key]
     place[key] = data.draw(JSON)

@@ -32,10 +32,10 @@ from siman_convert.packed import load, save_packed
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import build_recipe
 from siman_convert.runs import Run
+from siman_convert.schedule import parameter_groups
 from siman_convert.subjects import load_run_model
 from siman_convert.surgery import apply_plan, binary_layers, put_in_place
 from siman_convert.topology import PLAIN, Activation, Shortcut, Topology
-from siman_convert.train import parameter_groups
 
 ALL = {"shortcuts": True, "prelu": True, "shifts": True}
 SHAPE = "its output has its input's shape"

@@ -141,9 +141,9 @@ def whole(conversion: Conversion) -> None:
 
 
 def outcome(conversion: Conversion) -> Outcome:
-    """The bytes of all weights, and the metrics without wall times; nothing temporary may be left."""
+    """The bytes of all weights, and the metrics without wall times; nothing temporary may be left in the run."""
     run = Run(conversion.folder)
-    left = [path.name for path in conversion.output.rglob(".tmp-*")]
+    left = [path.name for path in run.folder.rglob(".tmp-*")]
     assert not left, f"left behind: {left}"
     assert run.progress().finished(run.recipe())
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
