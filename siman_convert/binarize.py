@@ -16,10 +16,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-SAMPLE = 1 << 14  # elements that bound a percentile before it is selected
+from siman_convert.pieces import pieces
+
 EPS = 1e-5  # added to a variance inside the square root, for weights and for activations
 
 Selection = Literal["half", "analytic", "sign"]
@@ -40,7 +42,25 @@ def standardize(rows: Tensor) -> tuple[Tensor, Tensor]:
 def standardize_backward(grad_z: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
     """Gradient through `standardize`: dL/dw = (g - mean(g) - z * sum(g*z) / (n - 1)) / std, per filter."""
     slope = torch.linalg.vecdot(grad_z, z).unsqueeze(1) / max(1, z.shape[1] - 1)
-    return (grad_z - grad_z.mean(dim=1, keepdim=True)).sub_(z * slope).mul_(rstd)
+    return grad_z.addcmul(z, slope, value=-1).sub_(grad_z.mean(dim=1, keepdim=True)).mul_(rstd)
+
+
+def binary_rows(rows: Tensor, selection: Selection) -> Tensor:
+    """The weights 2b - 1 (C_out, n) that latent weights stand for, in their dtype."""
+    bw = torch.empty_like(rows)
+    for out, latents in pieces(bw, rows):
+        z, _ = standardize(latents)
+        out.copy_(select_bits(z, selection)).mul_(2).sub_(1)
+    return bw
+
+
+def binary_rows_backward(grad_bw: Tensor, rows: Tensor, selection: Selection) -> Tensor:
+    """Gradient (C_out, n) of the latent weights from that of `binary_rows`."""
+    grad = torch.empty_like(rows)
+    for out, grads, latents in pieces(grad, grad_bw, rows):
+        z, rstd = standardize(latents)
+        out.copy_(standardize_backward(select_backward(grads, z, selection), z, rstd))
+    return grad
 
 
 def half_bits(magnitudes: Tensor) -> Tensor:
@@ -48,7 +68,21 @@ def half_bits(magnitudes: Tensor) -> Tensor:
 
     The comparison is strict: elements tied with the median are all 0, so ties leave fewer than floor(n/2) ones.
     """
-    return magnitudes > magnitudes.median(dim=1, keepdim=True).values  # torch's median is the lower one
+    return magnitudes > lower_medians(magnitudes)
+
+
+def lower_medians(rows: Tensor) -> Tensor:
+    """The lower median of each row, (C_out, 1). On a CPU numpy's selection is 6 times faster than torch's."""
+    if _in_numpy(rows):
+        middle = (rows.shape[1] - 1) // 2
+        return torch.from_numpy(np.partition(rows.numpy(), middle, axis=1)[:, middle : middle + 1])
+    return rows.median(dim=1, keepdim=True).values  # torch's median is the lower one
+
+
+def _in_numpy(values: Tensor) -> bool:
+    """Whether numpy can read the values where they are, and knows their type."""
+    known = values.dtype in (torch.float32, torch.float64)
+    return known and values.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def analytic_bits(magnitudes: Tensor) -> Tensor:
@@ -85,19 +119,23 @@ def clip_magnitudes(rows: Tensor, percent: float) -> Tensor:
     if not 0 <= percent < 50:
         raise ValueError(f"percent must be in [0, 50), got {percent}")
     centred = rows - rows.mean(dim=1, keepdim=True)
-    magnitudes = centred.abs()
-    low, high = percentiles(magnitudes.flatten(), (percent, 100 - percent))
-    return magnitudes.clamp_(low, high).mul_(centred.sign_())
+    low, high = percentiles(centred.abs().flatten(), (percent, 100 - percent))
+    for (part,) in pieces(centred):
+        magnitudes = part.abs()
+        torch.maximum(magnitudes, low, out=magnitudes)
+        torch.minimum(magnitudes, high, out=magnitudes)
+        part.sign_().mul_(magnitudes)
+    return centred
 
 
 def percentiles(values: Tensor, percents: tuple[float, ...]) -> list[Tensor]:
     """0-dim percentiles of a vector of any length, linearly interpolated as numpy's default does.
 
     `torch.quantile` refuses more than 16 million elements and sorts them. On an accelerator a sort is fast and nothing waits
-    for the host; on a CPU selecting among the few candidates that a sample leaves is tens of times faster than sorting.
+    for the host; on a CPU numpy's selection is tens of times faster than torch's sort.
     """
     positions = [percent / 100 * (values.numel() - 1) for percent in percents]
-    select = _select_on_cpu if values.device.type == "cpu" else _select_by_sorting
+    select = _select_in_numpy if _in_numpy(values) else _select_by_sorting
     around = select(values, [math.floor(position) for position in positions])
     return [
         below + (position - math.floor(position)) * (above - below)
@@ -111,22 +149,15 @@ def _select_by_sorting(values: Tensor, ranks: Sequence[int]) -> list[tuple[Tenso
     return [(ordered[rank], ordered[min(rank + 1, values.numel() - 1)]) for rank in ranks]
 
 
-def _select_on_cpu(values: Tensor, ranks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
-    """As `_select_by_sorting`, sorting only what lies between two bounds that a sample suggests and a count confirms."""
-    sample = values[:: max(1, values.numel() // SAMPLE) | 1].sort().values
-    return [_select_near(values, sample, rank) for rank in ranks]
-
-
-def _select_near(values: Tensor, sample: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    share, size = rank / values.numel(), sample.numel()
-    margin = 4 * math.sqrt(share * (1 - share) * size) + 2  # four standard deviations of the sample's rank
-    low, high = math.floor(share * size - margin), math.ceil(share * size + margin)
-    if low > 0 and high < size:
-        inside = values[(values >= sample[low]) & (values <= sample[high])]
-        before = int((values < sample[low]).sum())
-        if before <= rank < before + inside.numel() - 1:
-            return _select_by_sorting(inside, [rank - before])[0]
-    return _select_by_sorting(values, [rank])[0]
+def _select_in_numpy(values: Tensor, ranks: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+    """As `_select_by_sorting`. One rank at a time: only then does numpy select with SIMD, ten times faster."""
+    array = values.numpy().copy()
+    found = []
+    for rank in ranks:
+        array.partition(rank)
+        above = array[rank + 1 :].min() if rank + 1 < array.size else array[rank]
+        found.append((values.new_tensor(array[rank]), values.new_tensor(above)))
+    return found
 
 
 def remap_rows(rows: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from siman_convert.blocks import BinaryUnit, Shift
 from siman_convert.layers import SiMaNConv2d
 from siman_convert.surgery import binary_layers
 
@@ -41,11 +42,45 @@ class _Moments:
             total += values.sum(dim=(0, 2, 3))
 
 
+def fit_thresholds(full_precision: nn.Module, binary: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set each learned threshold to the mean of its channel in the full-precision network; without any, read no batch.
+
+    0 would be no threshold: behind a ReLU nothing is below it.
+    """
+    sums, handles, images = dict[str, Tensor](), [], 0
+    for name, shift in _shifts(binary).items():
+        sums[name] = torch.zeros_like(shift.offset, dtype=torch.float64, requires_grad=False)
+        hook = _averager(sums[name])
+        handles.append(full_precision.get_submodule(name).register_forward_hook(hook))
+    with _evaluating(full_precision), torch.no_grad():
+        for batch in batches if sums else ():
+            full_precision(batch)
+            images += len(batch)
+        for name, shift in _shifts(binary).items() if images else ():
+            shift.offset.copy_(sums[name] / images)
+    for handle in handles:
+        handle.remove()
+
+
+def _averager(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+    def record(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        total.add_(inputs[0].mean(dim=(2, 3), dtype=total.dtype).sum(dim=0))
+
+    return record
+
+
+def _shifts(binary: nn.Module) -> dict[str, Shift]:
+    """The learned thresholds, by the plan's names of their convolutions."""
+    units = {name: module for name, module in binary.named_modules() if isinstance(module, BinaryUnit)}
+    return {name: unit.shift for name, unit in units.items() if unit.shift is not None}
+
+
 def fit_scales(full_precision: nn.Module, binary: nn.Module, batches: Iterable[Tensor]) -> None:
     """Set each binary layer's alpha (and bias) to the least-squares fit of the full-precision layer's output.
 
-    Both layers see the full-precision network's activations: alpha = cov(y, o) / var(o), bias = mean(y) - alpha * mean(o),
-    per channel. A channel whose outputs do not correlate positively keeps the scale it had.
+    `full_precision` may be what an earlier stage of training made, binary in part. Both layers see its activations: alpha =
+    cov(y, o) / var(o), bias = mean(y) - alpha * mean(o), per channel. A channel whose outputs do not correlate positively
+    keeps the scale it had.
 
     Where a channel's bits hardly predict its output, alpha = cov/var comes near 0 (1e-5 beside a median of 0.02 in a
     ResNet-20). The BatchNorm behind divides by std(alpha*o + bias) = alpha * std(o), so gradients arrive multiplied by
@@ -54,13 +89,16 @@ def fit_scales(full_precision: nn.Module, binary: nn.Module, batches: Iterable[T
     amplification stays within 10 of the usual. Where var(o) is alike, the squared error of such a channel grows by no more than a
     hundredth of what the median channel's scale explains: (0.1 * median)^2 * var(o).
     """
-    layers = binary_layers(binary)
+    layers, shifts, staged = binary_layers(binary), _shifts(binary), binary_layers(full_precision)
     moments: dict[str, _Moments] = {}
     hooks = []
     for name, layer in layers.items():
         moments[name] = _Moments.zero(layer.out_channels, layer.weight.device)
-        hook = _recorder(layer, moments[name])
-        hooks.append(full_precision.get_submodule(name).register_forward_hook(hook))
+        shift = (
+            nn.Identity() if name in staged else shifts.get(name, nn.Identity())
+        )  # what a stage's layer reads is shifted
+        before = staged[name] if name in staged else full_precision.get_submodule(name)
+        hooks.append(before.register_forward_hook(_recorder(layer, shift, moments[name])))
     with _evaluating(full_precision), _evaluating(binary), torch.no_grad():
         for images in batches:
             full_precision(images)
@@ -70,9 +108,11 @@ def fit_scales(full_precision: nn.Module, binary: nn.Module, batches: Iterable[T
         _set_scale(layer, moments[name])
 
 
-def _recorder(layer: SiMaNConv2d, moments: _Moments) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+def _recorder(
+    layer: SiMaNConv2d, shift: nn.Module, moments: _Moments
+) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
     def record(_module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        moments.add(output, layer.unscaled(inputs[0]))
+        moments.add(output, layer.unscaled(shift(inputs[0])))
 
     return record
 

@@ -7,9 +7,9 @@ layers are not counted.
 
 Bytes are those of the state_dict: what a model file holds, which is every parameter and persistent buffer once.
     before  the elements at the width they have now (float32: 4 bytes)
-    after   a binarized convolution: ceil(C_in/groups/8) * kH * kW * C_out of bits, 4 * C_out of scale, its bias;
-            everything else as before
-So the totals equal the sum over the model's parameters and persistent buffers, byte for byte.
+    after   a binarized convolution: ceil(C_in/groups/8) * kH * kW * C_out of bits, 4 * C_out of scale, its bias, with
+            learned shifts 4 * C_in of thresholds; everything else as before, and the parameters of new PReLUs
+So without new ones the totals equal the sum over the model's parameters and persistent buffers, byte for byte.
 """
 
 from __future__ import annotations
@@ -91,18 +91,22 @@ def plan_costs(model: nn.Module, plan: Plan) -> Costs:
     layers: dict[str, Any] = {name: m for name, m in model.named_modules() if isinstance(m, (*CONVOLUTIONS, nn.Linear))}
     held = _bytes_by_layer(model, layers)
     decisions = {decision.name: decision for decision in plan.decisions}
-    rows = [_layer_row(name, layer, decisions.get(name), graph, held[name]) for name, layer in layers.items()]
+    shifts = plan.topology.shifts
+    rows = [_layer_row(name, layer, decisions.get(name), graph, held[name], shifts) for name, layer in layers.items()]
     products = sum(node.macs for node in graph.nodes if node.module not in layers)
     if products:
         why = "outside Conv2d and Linear"
         rows.append(LayerCost(MATRIX_PRODUCTS, "other", None, why, None, None, 0, products, 0, 0))
     rest = held[""] if "" not in layers else 0
     why = "norms, other parameters, buffers"
-    rows.append(LayerCost(EVERYTHING_ELSE, "other", None, why, None, None, 0, 0, rest, rest))
+    new = sum(4 * prelu.channels * (3 if shifts else 1) for prelu in plan.topology.prelus)
+    rows.append(LayerCost(EVERYTHING_ELSE, "other", None, why, None, None, 0, 0, rest, rest + new))
     return Costs(tuple(rows))
 
 
-def _layer_row(name: str, layer: Any, decision: ConvDecision | None, graph: Trace, held: int) -> LayerCost:
+def _layer_row(
+    name: str, layer: Any, decision: ConvDecision | None, graph: Trace, held: int, shifts: bool
+) -> LayerCost:
     calls = graph.calls.get(name, ())
     linear = isinstance(layer, nn.Linear)
     taps = layer.in_features if linear else tap_count(layer)  # of one output element
@@ -119,14 +123,15 @@ def _layer_row(name: str, layer: Any, decision: ConvDecision | None, graph: Trac
         binary_macs=macs if binary else 0,
         float_macs=0 if binary else macs,
         bytes_before=held,
-        bytes_after=_packed_bytes(decision, layer) if decision is not None and decision.binarize else held,
+        bytes_after=_packed_bytes(decision, layer, shifts) if decision is not None and decision.binarize else held,
     )
 
 
-def _packed_bytes(decision: ConvDecision, layer: nn.Module) -> int:
+def _packed_bytes(decision: ConvDecision, layer: nn.Module, shifts: bool) -> int:
     bias = layer.bias
     bits = -(-(decision.in_channels // decision.groups) // 8) * prod(decision.kernel_size) * decision.out_channels
-    return bits + 4 * decision.out_channels + (_size(bias) if isinstance(bias, Tensor) else 0)
+    vectors = decision.out_channels + (decision.in_channels if shifts else 0)
+    return bits + 4 * vectors + (_size(bias) if isinstance(bias, Tensor) else 0)
 
 
 def _bytes_by_layer(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, int]:

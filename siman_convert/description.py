@@ -12,7 +12,7 @@ from siman_convert.data import Preprocess
 from siman_convert.errors import InputError
 from siman_convert.plans import Plan
 
-FORMAT = 1  # of the files; raised when a reader of the old one would be wrong
+FORMAT = 2  # of the files; raised when a reader of the old one would be wrong
 KEY = "siman"  # the metadata key, in safetensors and ONNX
 _ATTRIBUTE = "siman_description"  # on the module that `load` and `frozen_run` give
 

@@ -10,8 +10,9 @@ from torch import nn
 from siman_convert.objective import Objective
 from siman_convert.plans import Plan
 from siman_convert.recipe import Recipe
+from siman_convert.schedule import make_optimizer
 from siman_convert.surgery import apply_plan, binary_layers
-from siman_convert.train import TrainingStep, make_optimizer
+from siman_convert.train import TrainingStep
 
 TIMED_BATCH = 16  # images in the larger of the two batches that a large one is extrapolated from
 

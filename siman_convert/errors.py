@@ -1,5 +1,7 @@
 """Every error a user can cause: one line of text, one exit code, no traceback."""
 
+from pathlib import Path
+
 
 class SimanError(Exception):
     """Something failed that is not the user's input (numerics, memory, disk); the command exits with 1."""
@@ -20,9 +22,10 @@ class MismatchError(SimanError):
 
 
 class Interrupted(SimanError):  # noqa: N818  nothing went wrong: what was asked for was done
-    """A run was asked to stop; the message says what is saved. Exits with 130."""
+    """A run was asked to stop; the message says what is saved. Exits with 130. `run`: the folder of the run to resume, if any."""
 
     exit_code = 130
+    run: Path | None = None
 
 
 def one_line(text: str) -> str:

@@ -17,13 +17,13 @@ from siman_convert.errors import InputError
 from siman_convert.layers import Geometry, SiMaNConv2d, exact_mean, geometry_of, pad_signs, signs_of
 from siman_convert.onnx_op import DOMAIN, OP_NAME, VERSION, output_size
 from siman_convert.plans import Plan
-from siman_convert.surgery import binary_layers, planned_convs, swap
+from siman_convert.surgery import binary_layers, planned_convs, planned_layers, put_in_place, swap
 
 LAYER = "layer"  # attribute of an exported node that names the layer; the ONNX export takes it off again
 
 
 class PackedConv2d(nn.Module):
-    """y = scale * conv(sign(x - mean(x)), +-1 weights) + bias, for inference.
+    """y = scale * conv(sign(x - mean(x)), +-1 weights) + bias, for inference; without `center`, of sign(x).
 
     Buffers: `weight_bits` (O, kH, kW, ceil(C/g / 8)) uint8 as `bits` describes; `scale` (O,) float32; `bias` (O,)
     float32 or None. `name`: the layer's name in its model, which an exported node carries. Not trainable.
@@ -41,10 +41,11 @@ class PackedConv2d(nn.Module):
         geometry: Geometry,
         bias: bool,
         name: str = "",
+        center: bool = True,
     ) -> None:
         super().__init__()
         self.in_channels, self.out_channels, self.kernel_size = in_channels, out_channels, kernel_size
-        self.geometry, self.name = geometry, name
+        self.geometry, self.name, self.center = geometry, name, center
         shape = (out_channels, *kernel_size, packed_bytes(in_channels // geometry.groups))
         self.register_buffer("weight_bits", torch.zeros(shape, dtype=torch.uint8))
         self.register_buffer("scale", torch.zeros(out_channels))
@@ -53,19 +54,23 @@ class PackedConv2d(nn.Module):
     @classmethod
     def from_siman(cls, layer: SiMaNConv2d, name: str = "") -> PackedConv2d:
         """The packed form of a trained layer, on its device. Raises InputError unless it is float32."""
+        if layer.binarizes != "all":
+            raise InputError(
+                f"{name or 'the layer'} binarizes {layer.binarizes} alone; only what is binary in both can be packed"
+            )
         if layer.weight.dtype != torch.float32:
             raise InputError(f"{name or 'layer'}: packing needs float32 weights, got {layer.weight.dtype}")
-        packed = cls.empty(layer, name)
+        packed = cls.empty(layer, name, layer.center)
         packed.weight_bits = torch.from_numpy(pack_weight_bits(layer.bits().cpu().numpy()))
         packed.scale = layer.alpha.detach().clone()
         packed.bias = None if layer.bias is None else layer.bias.detach().clone()
         return packed.to(layer.weight.device).train(layer.training)
 
     @classmethod
-    def empty(cls, conv: nn.Conv2d, name: str = "") -> PackedConv2d:
+    def empty(cls, conv: nn.Conv2d, name: str = "", center: bool = True) -> PackedConv2d:
         """A layer of the convolution's shape, all zeros, to be filled."""
         kernel = (conv.kernel_size[0], conv.kernel_size[1])
-        return cls(conv.in_channels, conv.out_channels, kernel, geometry_of(conv), conv.bias is not None, name)
+        return cls(conv.in_channels, conv.out_channels, kernel, geometry_of(conv), conv.bias is not None, name, center)
 
     @property
     def channels(self) -> int:
@@ -84,15 +89,16 @@ class PackedConv2d(nn.Module):
         """(N, C_in, H, W) -> (N, C_out, H', W'), float32."""
         if torch.onnx.is_in_onnx_export():
             return self._symbolic(x)
-        acc = integer_conv(x, self.weight_bits, self.channels, self.geometry.on(self.kernel_size, x.shape[2:]))
+        geometry = self.geometry.on(self.kernel_size, x.shape[2:])
+        acc = integer_conv(x, self.weight_bits, self.channels, geometry, self.center)
         y = acc.mul_(self.scale.view(-1, 1, 1))
         return y if self.bias is None else y + self.bias.view(-1, 1, 1)
 
     def extra_repr(self) -> str:
         g = self.geometry
         shape = f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={g.stride}"
-        pads = "same" if g.same else g.pads
-        return f"{shape}, pads={pads}, dilation={g.dilation}, groups={g.groups}, bias={self.bias is not None}"
+        rest = f"pads={'same' if g.same else g.pads}, dilation={g.dilation}, groups={g.groups}"
+        return f"{shape}, {rest}, bias={self.bias is not None}, center={self.center}"
 
     def _symbolic(self, x: Tensor) -> Tensor:
         """One siman.BinaryConv2d node; the ONNX export folds into it what follows."""
@@ -108,7 +114,7 @@ class PackedConv2d(nn.Module):
             "pads": [top, left, bottom, right],
             "dilations": [dy, dx],
             "group": self.geometry.groups,
-            "center": 1,
+            "center": int(self.center),
             LAYER: self.name,
         }
         inputs = (x, self.weight_bits, self.scale, bias, torch.zeros(1, 1, 1, 1), ones)
@@ -130,14 +136,15 @@ def freeze(model: nn.Module) -> nn.Module:
 
 
 def empty_packed(model: nn.Module, plan: Plan) -> nn.Module:
-    """Replace the convolutions that `plan` binarizes by packed layers of their shape, to be filled; in place."""
-    convs = planned_convs(model, plan)
-    return swap(model, {id(conv): PackedConv2d.empty(conv, name) for name, conv in convs.items()}).eval()
+    """Carry out `plan` with packed layers of the convolutions' shapes, to be filled; in place."""
+    convs, center = planned_convs(model, plan), not plan.topology.shifts
+    layers = {name: PackedConv2d.empty(conv, name, center) for name, conv in convs.items()}
+    return put_in_place(model, plan.topology, layers).eval()
 
 
 def packed_layers(model: nn.Module) -> dict[str, PackedConv2d]:
-    """The packed layers of a model by name, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, PackedConv2d)}
+    """The packed layers of a model by the plan's names, in the model's order."""
+    return planned_layers(model, PackedConv2d)
 
 
 def halved_names(model: nn.Module) -> set[str]:

@@ -47,17 +47,25 @@ def stopping_on_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def one_line_errors(batch_size: int, grad_accum_steps: int) -> Iterator[None]:
-    """Out of memory, and a data worker's death, as one line that says what to do."""
+    """Out of memory, and the death of a data worker or of another training process, as one line that says what to do."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RuntimeError) and (translated := worker_error(error)):
             raise translated from error
+        if _is_lost_process(error):
+            raise SimanError("another process of this training ended, or cannot be reached any more; what was saved before "
+                             "is kept and can be resumed") from error  # fmt: skip
         if _is_out_of_memory(error):
             fewer = f"--batch-size {batch_size // 2} --grad-accum-steps {2 * grad_accum_steps} (as many images a step)"
             advice = fewer if batch_size > 1 else "a smaller --img-size"
             raise SimanError(f"out of memory at --batch-size {batch_size}; try {advice}") from error
         raise
+
+
+def _is_lost_process(error: BaseException) -> bool:
+    """gloo raises plain RuntimeErrors that name its source files; torch's own are DistError and its subclasses."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

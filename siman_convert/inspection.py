@@ -21,25 +21,45 @@ def plan(
     input_size: Size | None = None,
     keep: Sequence[str] = (),
     binarize: Sequence[str] = (),
+    shortcuts: bool = False,
+    prelu: bool = False,
+    shifts: bool = False,
 ) -> Plan:
     """What would become binary in a timm model, given by name or as a module, and why; see `plans.make_plan`."""
-    if isinstance(model, nn.Module):
-        return make_plan(model, input_size=input_size, keep=keep, binarize=binarize)
-    require_known(model)
-    with torch.device("meta"):
-        module = create(model, None)
-    return make_plan(module, name=model, input_size=input_size, keep=keep, binarize=binarize)
+    module, name = (model, "") if isinstance(model, nn.Module) else (_on_meta(model, None), model)
+    return make_plan(
+        module,
+        name=name,
+        input_size=input_size,
+        keep=keep,
+        binarize=binarize,
+        shortcuts=shortcuts,
+        prelu=prelu,
+        shifts=shifts,
+    )
 
 
 def inspect_model(
-    name: str, classes: int | None = None, *, keep: Sequence[str] = (), binarize: Sequence[str] = ()
+    name: str,
+    classes: int | None = None,
+    *,
+    keep: Sequence[str] = (),
+    binarize: Sequence[str] = (),
+    shortcuts: bool = False,
+    prelu: bool = False,
+    shifts: bool = False,
 ) -> tuple[Plan, Costs]:
     """The plan of timm model `name` and its costs, without weights; `classes` defaults to the model's own."""
+    model = _on_meta(name, classes)
+    decided = make_plan(model, name=name, keep=keep, binarize=binarize, shortcuts=shortcuts, prelu=prelu, shifts=shifts)
+    return decided, plan_costs(model, decided)
+
+
+def _on_meta(name: str, classes: int | None) -> nn.Module:
+    """timm's model, without memory for its weights. Raises InputError."""
     require_known(name)
     with torch.device("meta"):
-        model = create(name, classes)
-    decided = make_plan(model, name=name, keep=keep, binarize=binarize)
-    return decided, plan_costs(model, decided)
+        return create(name, classes)
 
 
 def inspect_file(path: Path) -> tuple[Plan, Costs, Quantization | None]:

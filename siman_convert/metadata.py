@@ -81,6 +81,9 @@ def _json() -> TypeAdapter[Description]:
 def _require_format(values: Any) -> None:
     """Goes before every other check: nothing else is known of another format."""
     found = values.get("format") if isinstance(values, dict) else None
+    if type(found) is int and 0 < found < FORMAT:
+        mend = "read it with the siman that wrote it, or convert anew"
+        raise InputError(f"the file is of format {found}, this siman reads {FORMAT} only: {mend}")
     if type(found) is int and found > FORMAT:
         raise InputError(f"the file is of format {found}, this siman reads up to {FORMAT}: upgrade siman")
     if type(found) is not int or found != FORMAT:

@@ -41,7 +41,8 @@ _SHORTCUTS = "stages.*.shortcut.conv"
 class Network(nn.Module):
     """A stem, stages, pooling to (N, features), dropout and `fc`; timm's interface of a classifier.
 
-    `binary_by_design`: glob on convolutions -> whether the plan binarizes them, whatever its rules say (`plans.make_plan`).
+    `feature_info`: as timm's, channels and reduction of each stage. `binary_by_design`: glob on convolutions -> whether the plan
+    binarizes them, whatever its rules say (`plans.make_plan`).
     """
 
     def __init__(
@@ -52,12 +53,14 @@ class Network(nn.Module):
         num_features: int,
         num_classes: int,
         drop_rate: float,
+        feature_info: Sequence[Mapping[str, Any]],
         binary_by_design: Mapping[str, bool] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         self.num_features = self.head_hidden_size = num_features
         self.binary_by_design = dict(binary_by_design)
         self.stem, self.stages, self.pool, self.drop = stem, stages, pool, nn.Dropout(drop_rate)
+        self.feature_info = list(feature_info)
         self.reset_classifier(num_classes)
 
     def get_classifier(self) -> nn.Module:
@@ -178,20 +181,24 @@ def _normed_average(width: int) -> nn.Module:
 def _resnet20(num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> Network:
     stem = _small_stem(in_chans, 16, act=nn.ReLU())
     stages = _stages(DoubleShortcutBlock, (16, 32, 64), (3, 3, 3), Subsample)
-    return _he_normal(Network(stem, stages, _normed_average(64), 64, num_classes, drop_rate), "fan_in")
+    return _he_normal(
+        Network(stem, stages, _normed_average(64), 64, num_classes, drop_rate, _info((16, 32, 64), (1, 2, 4))), "fan_in"
+    )
 
 
 def _resnet18(num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> Network:
     stem = _small_stem(in_chans, 64)
     stages = _stages(SingleShortcutBlock, _WIDTHS, (2, 2, 2, 2), _strided_1x1)
-    return Network(stem, stages, _normed_average(512), 512, num_classes, drop_rate, {_SHORTCUTS: True})
+    info = _info(_WIDTHS, (1, 2, 4, 8))
+    return Network(stem, stages, _normed_average(512), 512, num_classes, drop_rate, info, {_SHORTCUTS: True})
 
 
 def _imagenet_resnet(
     depths: Sequence[int], num_classes: int = 1000, in_chans: int = 3, drop_rate: float = 0.0
 ) -> Network:
     stem, stages = _large_stem(in_chans, 64), _stages(DoubleShortcutBlock, _WIDTHS, depths, _strided_1x1)
-    network = Network(stem, stages, _normed_average(512), 512, num_classes, drop_rate, {_SHORTCUTS: False})
+    info = _info(_WIDTHS, (4, 8, 16, 32))
+    network = Network(stem, stages, _normed_average(512), 512, num_classes, drop_rate, info, {_SHORTCUTS: False})
     return _he_normal(network, "fan_in")
 
 
@@ -205,7 +212,8 @@ def _vgg_small(
         nn.Sequential(*(_vgg_stage(*layer) for layer in layers)),
     )
     features = 512 * (height // 8) * (width // 8)
-    return _he_normal(Network(stem, stages, nn.Flatten(), features, num_classes, drop_rate), "fan_out")
+    info = _info([after for _, after, _ in layers], (2, 2, 4, 4, 8))
+    return _he_normal(Network(stem, stages, nn.Flatten(), features, num_classes, drop_rate, info), "fan_out")
 
 
 def _vgg_stage(before: int, after: int, pool: bool) -> nn.Module:
@@ -213,6 +221,12 @@ def _vgg_stage(before: int, after: int, pool: bool) -> nn.Module:
     if pool:
         layers["pool"] = nn.MaxPool2d(2)
     return nn.Sequential(OrderedDict(**layers, bn=nn.BatchNorm2d(after), act=nn.PReLU(after)))
+
+
+def _info(widths: Sequence[int], reductions: Sequence[int]) -> list[dict[str, Any]]:
+    """timm's `feature_info` of stages with so many channels, at that share of the image's resolution."""
+    stages = zip(widths, reductions, strict=True)
+    return [{"num_chs": width, "reduction": by, "module": f"stages.{i}"} for i, (width, by) in enumerate(stages)]
 
 
 def _he_normal(network: Network, mode: Literal["fan_in", "fan_out"]) -> Network:

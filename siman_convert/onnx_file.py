@@ -26,16 +26,19 @@ from siman_convert.description import KEY, Description, canonical_json
 from siman_convert.errors import InputError, one_line
 from siman_convert.metadata import from_metadata, to_metadata
 from siman_convert.onnx_op import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, VERSION
-from siman_convert.onnx_quantized_op import QUANTIZED_ATTRIBUTES, QUANTIZED_INPUTS, QUANTIZED_OP
+from siman_convert.onnx_quantized_op import NO_POOL, QUANTIZED_ATTRIBUTES, QUANTIZED_INPUTS, QUANTIZED_OP
 from siman_convert.runtime.reference import check_attributes, check_int8_weights, check_quantized_attributes
 
 DIGEST = "siman.sha256"
 ZEROS = b"0" * 64
 _BEFORE_DIGEST = DIGEST.encode() + b"\x12\x40"  # protobuf: field 2 (value) of 64 bytes follows the key
 MAX_BYTES = 2**31 - 1  # protobuf's limit
-_OPERATORS = {OP_NAME: (INPUTS, ATTRIBUTES), QUANTIZED_OP: (QUANTIZED_INPUTS, QUANTIZED_ATTRIBUTES)}
+_OPERATORS: dict[str, tuple[tuple[str, ...], ...]] = {  # inputs; attributes; those that are all there or none
+    OP_NAME: (INPUTS, ATTRIBUTES, ()),
+    QUANTIZED_OP: (QUANTIZED_INPUTS, QUANTIZED_ATTRIBUTES, tuple(NO_POOL)),
+}
 _COMPUTED = ("X", "residual")  # inputs; the others are constants
-_KINDS = dict.fromkeys(("strides", "pads", "dilations"), onnx.AttributeProto.INTS) | {
+_KINDS = dict.fromkeys(("strides", "pads", "dilations", *NO_POOL), onnx.AttributeProto.INTS) | {
     "x_scale": onnx.AttributeProto.FLOAT
 }
 NORMALISED, IMAGE = "float32 NCHW", "uint8 NHWC"
@@ -190,11 +193,11 @@ def _check_operators(model: onnx.ModelProto) -> None:
 
 
 def _check_operator(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> None:
-    inputs, names = _OPERATORS.get(node.op_type, ((), ()))
+    inputs, names, optional = _OPERATORS.get(node.op_type, ((), (), ()))
     if not inputs or len(node.input) != len(inputs):
-        expected = " or ".join(f"{name} of {len(inputs)}" for name, (inputs, _) in _OPERATORS.items())
+        expected = " or ".join(f"{name} of {len(inputs)}" for name, (inputs, *_) in _OPERATORS.items())
         raise InputError(f"{DOMAIN}.{node.op_type} of {len(node.input)} inputs; expected {expected}")
-    attributes = _attributes(node, names)
+    attributes = _attributes(node, names, optional)
     (check_attributes if node.op_type == OP_NAME else check_quantized_attributes)(**attributes)
     constants = {name: value for name, value in zip(inputs, node.input, strict=True) if name not in _COMPUTED}
     missing = [name for name, value in constants.items() if value not in tensors]
@@ -213,10 +216,10 @@ def _check_operator(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) 
             raise InputError(f"{name} is {vector.dtype} {vector.shape}, expected float32 {W.shape[:1]}")
 
 
-def _attributes(node: onnx.NodeProto, expected: tuple[str, ...]) -> dict[str, Any]:
-    """All that the operator has, each once and of its type."""
+def _attributes(node: onnx.NodeProto, expected: tuple[str, ...], optional: tuple[str, ...]) -> dict[str, Any]:
+    """All that the operator has, each once and of its type; the optional ones all or none."""
     names = sorted(str(attribute.name) for attribute in node.attribute)  # a name that is not UTF-8 comes as bytes
-    if names != sorted(expected):
+    if names not in (sorted(expected), sorted({*expected, *optional})):
         raise InputError(f"attributes {', '.join(names)}; expected {', '.join(sorted(expected))}")
     for attribute in node.attribute:
         kind = _KINDS.get(attribute.name, onnx.AttributeProto.INT)

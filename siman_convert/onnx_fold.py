@@ -2,6 +2,7 @@
 
     BatchNormalization   scale, bias      gamma / sqrt(var + eps) * (v - mean) + beta, any sign of gamma
     Add                  residual         the other operand, of exactly Y's shape
+    Add, Sub             bias             a constant of each channel, before or after a residual
     Relu, LeakyRelu,     slope            Y = v >= 0 ? v : slope*v
     PRelu
 
@@ -168,6 +169,8 @@ def _affine(norm: ir.Node) -> tuple[Vector, Vector]:
 def _check_add(operator: _Operator, add: ir.Node) -> str | None:
     if operator.has_slope:
         return "an activation is folded already"
+    if _shift(operator, add) is not None:
+        return None
     if operator.residual is not None:
         return "a residual is folded already"
     other = _other_operand(operator, add)
@@ -177,8 +180,32 @@ def _check_add(operator: _Operator, add: ir.Node) -> str | None:
 
 
 def _fold_add(operator: _Operator, add: ir.Node) -> None:
+    if _shift(operator, add) is not None:
+        _fold_constant(operator, add)
+        return
     operator.residual = _other_operand(operator, add)
     operator.absorb(add)
+
+
+def _check_sub(operator: _Operator, sub: ir.Node) -> str | None:
+    if operator.has_slope:
+        return "an activation is folded already"
+    if sub.inputs[0] is not operator.output:
+        return "it is what is subtracted"
+    return None if _shift(operator, sub) is not None else "what it subtracts is not one constant for each channel"
+
+
+def _fold_constant(operator: _Operator, node: ir.Node) -> None:
+    shift = _shift(operator, node)
+    assert shift is not None  # checked
+    operator.bias = operator.bias + (shift if node.op_type == "Add" else -shift)
+    operator.absorb(node)
+
+
+def _shift(operator: _Operator, node: ir.Node) -> Vector | None:
+    """The other operand of an Add or Sub where it is a constant of each channel, (O,)."""
+    other = _other_operand(operator, node)
+    return None if other is operator.output else _by_channel(operator, other)
 
 
 def _other_operand(operator: _Operator, add: ir.Node) -> ir.Value:
@@ -222,14 +249,18 @@ def _slope(operator: _Operator, node: ir.Node) -> Vector | None:
         return np.zeros(channels)
     if node.op_type == "LeakyRelu":
         return np.full(channels, node.attributes.get_float("alpha", 0.01))
-    value = node.inputs[1]
+    return _by_channel(operator, node.inputs[1])
+
+
+def _by_channel(operator: _Operator, value: ir.Value | None) -> Vector | None:
+    """A constant that is broadcast to the operator's output as one number of each channel, (O,); None for any other."""
     if value is None or value.const_value is None:
         return None
-    slope = _constant(value).astype(np.float64)
-    shape = (1,) * (4 - slope.ndim) + slope.shape
-    if slope.ndim > 4 or shape not in ((1, 1, 1, 1), (1, channels, 1, 1)):
+    channels, array = len(operator.scale), _constant(value).astype(np.float64)
+    shape = (1,) * (4 - array.ndim) + array.shape
+    if array.ndim > 4 or shape not in ((1, 1, 1, 1), (1, channels, 1, 1)):
         return None
-    return np.broadcast_to(slope.reshape(-1), channels).copy()
+    return np.broadcast_to(array.reshape(-1), channels).copy()
 
 
 class _Rule(NamedTuple):
@@ -241,6 +272,7 @@ _ACTIVATION = _Rule(_check_activation, _fold_activation)
 _RULES = {
     "BatchNormalization": _Rule(_check_batch_norm, _fold_batch_norm),
     "Add": _Rule(_check_add, _fold_add),
+    "Sub": _Rule(_check_sub, _fold_constant),
     "Relu": _ACTIVATION,
     "LeakyRelu": _ACTIVATION,
     "PRelu": _ACTIVATION,

@@ -2,7 +2,7 @@
 
     w_q = round half to even(w / step), step = max|w| / 127 over a filter: all 8 bits, symmetric
     QuantizedConv2d: X and w_q as they are, scale = x_scale * step in float32, bias as it is, slope 1; 0 where the only reader
-        is a Relu, which is then folded in
+        is a Relu, which is then folded in, as is a MaxPool that alone reads what is there by then
     otherwise: Conv of X and Cast(w_q) * step, which hosts fold to float weights when they open the file
 
 The second form is for what the operator cannot do (`onnx_int8_plan.why_not`): a quarter of the bytes of float weights, in the
@@ -19,9 +19,9 @@ import onnx
 from onnx import helper
 
 from siman_convert.errors import SimanError
-from siman_convert.onnx_int8_plan import WEIGHT, attributes_of, bias_of
+from siman_convert.onnx_int8_plan import WEIGHT, Followers, attributes_of, bias_of
 from siman_convert.onnx_op import DOMAIN
-from siman_convert.onnx_quantized_op import MAX_WEIGHT, QUANTIZED_OP
+from siman_convert.onnx_quantized_op import MAX_WEIGHT, NO_POOL, QUANTIZED_OP
 
 Floats = npt.NDArray[np.float32]
 Arrays = dict[str, npt.NDArray[Any]]  # initializers by name
@@ -34,10 +34,8 @@ class Range(NamedTuple):
     zero_point: int
 
 
-def quantized_conv(
-    conv: onnx.NodeProto, relu: onnx.NodeProto | None, weight: Floats, x: Range
-) -> tuple[onnx.NodeProto, Arrays]:
-    """The node that takes the place of `conv` and of the Relu behind it, and the initializers that it needs besides."""
+def quantized_conv(conv: onnx.NodeProto, behind: Followers, weight: Floats, x: Range) -> tuple[onnx.NodeProto, Arrays]:
+    """The node that takes the place of `conv` and of what follows it, and the initializers that it needs besides."""
     w_q, step = quantize_weight(weight)
     with np.errstate(over="ignore"):
         scale = x.scale * step
@@ -49,12 +47,12 @@ def quantized_conv(
         names["bias"] = bias
     else:
         made[names["bias"]] = np.zeros_like(scale)
-    made[names["slope"]] = np.full_like(scale, 1 if relu is None else 0)
+    made[names["slope"]] = np.full_like(scale, 1 if behind.relu is None else 0)
     attributes = attributes_of(conv)
     node = helper.make_node(
         QUANTIZED_OP,
         [conv.input[0], int8_name(conv), *names.values()],
-        list(conv.output if relu is None else relu.output),
+        list(behind.last(conv).output),
         name=conv.name,
         domain=DOMAIN,
         strides=attributes.get("strides", [1, 1]),
@@ -62,7 +60,18 @@ def quantized_conv(
         x_scale=float(x.scale),
         x_zero_point=x.zero_point,
     )
+    if behind.pool is not None:
+        node.attribute.extend(_pool_attributes(behind.pool))
     return node, made
+
+
+def _pool_attributes(pool: onnx.NodeProto) -> list[onnx.AttributeProto]:
+    attributes = attributes_of(pool)
+    return [
+        helper.make_attribute("pool_kernel", attributes["kernel_shape"]),
+        helper.make_attribute("pool_strides", attributes.get("strides", NO_POOL["pool_strides"])),
+        helper.make_attribute("pool_pads", attributes.get("pads", NO_POOL["pool_pads"])),
+    ]
 
 
 def float_conv(conv: onnx.NodeProto, weight: Floats) -> tuple[list[onnx.NodeProto], Arrays]:

@@ -21,12 +21,14 @@ OPS = ("Conv", "Gemm")
 class Quantization:
     """What has 8-bit weights, by the names of the nodes, in the order of the graph.
 
-    convolutions: siman.QuantizedConv2d. relus: those of them that a Relu is folded into. weights_only: convolutions that compute
-    in float32, and what keeps them from more. classifiers: Gemm nodes, quantized for ONNX Runtime. weights: how many.
+    convolutions: siman.QuantizedConv2d. relus: those of them that a Relu is folded into; pools: a MaxPool, behind the Relu if
+    there is one. weights_only: convolutions that compute in float32, and what keeps them from more. classifiers: Gemm nodes,
+    quantized for ONNX Runtime. weights: how many.
     """
 
     convolutions: tuple[str, ...]
     relus: tuple[str, ...]
+    pools: tuple[str, ...]
     weights_only: dict[str, str]
     classifiers: tuple[str, ...]
     weights: int
@@ -47,9 +49,11 @@ def make_plan(graph: onnx.GraphProto) -> Quantization:
     convs = [(node, why_not(node, stored[node.input[WEIGHT]].dims, stored)) for node in nodes if node.op_type == "Conv"]
     convolutions = [node for node, reason in convs if reason is None]
     outputs = {value.name for value in graph.output}
+    followed = {node.name: followers(node, graph.node, outputs) for node in convolutions}
     return Quantization(
         convolutions=tuple(node.name for node in convolutions),
-        relus=tuple(node.name for node in convolutions if lone_relu(node, graph.node, outputs) is not None),
+        relus=tuple(name for name, found in followed.items() if found.relu is not None),
+        pools=tuple(name for name, found in followed.items() if found.pool is not None),
         weights_only={node.name: reason for node, reason in convs if reason is not None},
         classifiers=tuple(node.name for node in nodes if node.op_type == "Gemm"),
         weights=sum(math.prod(stored[name].dims) for name in {node.input[WEIGHT] for node in nodes}),
@@ -64,7 +68,7 @@ def read_quantization(graph: onnx.GraphProto) -> Quantization:
         node.output[0]: node.input[0] for node in graph.node if node.op_type in ("Cast", "Mul", "DequantizeLinear")
     }
     names: dict[str, list[str]] = {QUANTIZED_OP: [], "Conv": [], "Gemm": []}
-    relus, reasons, weights = list[str](), dict[str, str](), set[str]()
+    relus, pools, reasons, weights = list[str](), list[str](), dict[str, str](), set[str]()
     for node in graph.node:
         weight = node.input[WEIGHT] if node.op_type in names else ""
         while weight in origin:
@@ -78,8 +82,10 @@ def read_quantization(graph: onnx.GraphProto) -> Quantization:
         elif node.op_type == QUANTIZED_OP:
             slope = stored[node.input[QUANTIZED_INPUTS.index("slope")]]
             relus += [] if numpy_helper.to_array(slope).any() else [node.name]
+            pools += [node.name] if "pool_kernel" in attributes_of(node) else []
     count = sum(math.prod(int8[name].dims) for name in weights)
-    return Quantization(tuple(names[QUANTIZED_OP]), tuple(relus), reasons, tuple(names["Gemm"]), count)
+    convolutions, classifiers = tuple(names[QUANTIZED_OP]), tuple(names["Gemm"])
+    return Quantization(convolutions, tuple(relus), tuple(pools), reasons, classifiers, count)
 
 
 def why_not(conv: onnx.NodeProto, weight: Iterable[int], stored: Container[str]) -> str | None:
@@ -100,11 +106,44 @@ def why_not(conv: onnx.NodeProto, weight: Iterable[int], stored: Container[str])
     return None
 
 
-def lone_relu(conv: onnx.NodeProto, nodes: Iterable[onnx.NodeProto], outputs: set[str]) -> onnx.NodeProto | None:
-    """The Relu that is all that reads a convolution, if so; `outputs` are those of the graph."""
-    readers = [node for node in nodes if conv.output[0] in node.input]
-    alone = len(readers) == 1 and readers[0].op_type == "Relu" and conv.output[0] not in outputs
+@dataclass(frozen=True)
+class Followers:
+    """What a QuantizedConv2d takes over from the nodes behind the convolution."""
+
+    relu: onnx.NodeProto | None
+    pool: onnx.NodeProto | None
+
+    def last(self, conv: onnx.NodeProto) -> onnx.NodeProto:
+        """The node whose output becomes the convolution's."""
+        return self.pool or self.relu or conv
+
+
+def followers(conv: onnx.NodeProto, nodes: Iterable[onnx.NodeProto], outputs: set[str]) -> Followers:
+    """A Relu, a MaxPool, or one behind the other, each the only reader before it; `outputs` are those of the graph."""
+    nodes = list(nodes)
+    relu = _only_reader(conv, "Relu", nodes, outputs)
+    pool = _only_reader(relu or conv, "MaxPool", nodes, outputs)
+    return Followers(relu, pool if pool is not None and _is_plain(pool) else None)
+
+
+def _only_reader(
+    node: onnx.NodeProto, kind: str, nodes: list[onnx.NodeProto], outputs: set[str]
+) -> onnx.NodeProto | None:
+    readers = [reader for reader in nodes if node.output[0] in reader.input]
+    alone = len(readers) == 1 and readers[0].op_type == kind and node.output[0] not in outputs
     return readers[0] if alone else None
+
+
+def _is_plain(pool: onnx.NodeProto) -> bool:
+    """Whether the operator can be this pool: a window that moves by its stride, out of which comes a maximum."""
+    attributes = attributes_of(pool)
+    return (
+        len(pool.output) == 1
+        and len(attributes["kernel_shape"]) == 2
+        and not attributes.get("ceil_mode", 0)
+        and all(dilation == 1 for dilation in attributes.get("dilations", ()))
+        and attributes.get("auto_pad", b"NOTSET") == b"NOTSET"
+    )
 
 
 def stored_floats(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:

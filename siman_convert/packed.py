@@ -36,7 +36,7 @@ from siman_convert.bits import check_packed
 from siman_convert.description import KEY, Description, as_half, describe, description_of
 from siman_convert.errors import InputError
 from siman_convert.files import disk_errors, replacing
-from siman_convert.frozen import empty_packed, halved_names, packed_layers
+from siman_convert.frozen import PackedConv2d, empty_packed, halved_names
 from siman_convert.metadata import AGAIN, located, seal, to_metadata, unseal
 from siman_convert.models import create, require_known
 
@@ -154,7 +154,8 @@ def _require_values(model: nn.Module, arrays: Mapping[str, Array]) -> None:
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise InputError(f"{name}: holds values that are not finite; such a model cannot be used, export another")
-    for name, layer in packed_layers(model).items():
+    layers = ((name, module) for name, module in model.named_modules() if isinstance(module, PackedConv2d))
+    for name, layer in layers:
         key = f"{name}.weight_bits".removeprefix(".")
         try:
             check_packed(arrays[key], layer.channels)

@@ -25,6 +25,7 @@ from torch import nn
 
 from siman_convert.errors import InputError
 from siman_convert.timm_convs import CONVOLUTIONS, is_understood
+from siman_convert.topology import Topology, decide_topology
 from siman_convert.trace import Trace, image_readers, shortcut_convs, trace
 
 Count = Annotated[int, Field(ge=0)]
@@ -56,13 +57,14 @@ class ConvDecision:
 
 @dataclass(frozen=True)
 class Plan:
-    """The decisions for every convolution of a model, in the model's own order."""
+    """The decisions for every convolution of a model, in the model's own order, and what changes around the binary ones."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     model: str
     input_size: Size
     decisions: tuple[ConvDecision, ...]
+    topology: Topology
 
     @property
     def binarized(self) -> list[str]:
@@ -101,11 +103,15 @@ def make_plan(
     input_size: Size | None = None,
     keep: Sequence[str] = (),
     binarize: Sequence[str] = (),
+    shortcuts: bool = False,
+    prelu: bool = False,
+    shifts: bool = False,
 ) -> Plan:
     """Decide for every convolution of `model`; `keep` and `binarize` are globs on module names and go before all rules.
 
     `input_size` (C, H, W) defaults to the size in the model's timm configuration. A model may have an attribute
     `binary_by_design`, glob -> whether, which goes before the rules, too; what cannot be binary is left to them.
+    `shortcuts`, `prelu` and `shifts` ask for what `topology` decides.
     """
     size = input_size or native_input_size(model)
     convs: dict[str, Any] = {path: module for path, module in model.named_modules() if isinstance(module, CONVOLUTIONS)}
@@ -128,7 +134,9 @@ def make_plan(
             reason = next((why for rule in _RULES if (why := rule(path, conv, facts))), None)
             verdict = reason is None, reason or _taps(conv)
         decisions.append(_decision(path, conv, *verdict, graph))
-    return Plan(name or type(model).__name__, size, tuple(decisions))
+    binary = [decision.name for decision in decisions if decision.binarize]
+    topology = decide_topology(model, graph, binary, shortcuts=shortcuts, prelu=prelu, shifts=shifts)
+    return Plan(name or type(model).__name__, size, tuple(decisions), topology)
 
 
 def native_input_size(model: nn.Module) -> Size:

@@ -1,5 +1,6 @@
 """The numbered checks before a conversion: environment, data, plan, export, time. Nothing is written before all passed."""
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -20,9 +21,11 @@ from siman_convert.duration import seconds_of_teacher, seconds_per_step, spoken
 from siman_convert.environment import describe_environment
 from siman_convert.errors import InputError
 from siman_convert.models import LoadedModel, create, load_model, usual_weights
+from siman_convert.objective import attention_distance, stage_outputs
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Run
+from siman_convert.schedule import Span
 from siman_convert.subjects import open_run_data
 from siman_convert.train import Data
 from siman_convert.trial import trial_export
@@ -47,11 +50,14 @@ class Job:
         """Whether the binary epochs learn from a teacher. A classifier that is still random has nothing to teach."""
         recipe = self.recipe
         knows = recipe.teacher is not None or recipe.fp_epochs > 0 or not self.loaded.new_head
-        return recipe.epochs > 0 and recipe.distill_weight > 0 and knows
+        return recipe.distils and knows
 
 
-def check_environment(device: torch.device, processes: int, watcher: Watcher) -> None:
-    """Step 1."""
+def check_environment(device: torch.device, processes: int, recipe: Recipe, watcher: Watcher) -> None:
+    """Step 1. Raises InputError."""
+    if recipe.sync_bn and processes > 1 and device.type != "cuda":
+        raise InputError(f"--sync-bn: torch synchronises BatchNorm on GPUs only, and this is {device.type}; leave it out, "
+                         "or train in one process")  # fmt: skip
     facts = describe_environment(device)
     several = f", {processes} processes" if processes > 1 else ""
     packages = facts["packages"]
@@ -76,7 +82,15 @@ def check_job(model: str, data: str, recipe: Recipe, weights: str | None, worker
         interpolation=recipe.interpolation,
         pad_to_size=recipe.pad_to_size,
     )
-    plan = make_plan(loaded.module, name=model, keep=recipe.keep, binarize=recipe.binarize)
+    plan = make_plan(
+        loaded.module,
+        name=model,
+        keep=recipe.keep,
+        binarize=recipe.binarize,
+        shortcuts=recipe.shortcuts,
+        prelu=recipe.prelu,
+        shifts=recipe.shifts,
+    )
     if not plan.binarized:
         raise InputError(
             f"{model}: none of its {len(plan.decisions)} convolutions can be binarized; "
@@ -94,6 +108,7 @@ def check_job(model: str, data: str, recipe: Recipe, weights: str | None, worker
             f"the classifier is new for these {len(source.classes)} classes and starts untrained; "
             "--fp-epochs N would fine-tune the full-precision model first"
         )
+    _require_stages(job)
     _report_teacher(job, watcher)
     return job
 
@@ -116,6 +131,7 @@ def check_resumed_job(run: Run, workers: int, watcher: Watcher) -> Job:
     teacher = _named_teacher(recipe, len(info.classes), preprocess, run)
     job = _assemble(loaded, source, preprocess, run.plan(), recipe, workers, teacher)
     _report_plan(job, watcher)
+    _require_stages(job)
     _report_teacher(job, watcher)
     return job
 
@@ -133,13 +149,15 @@ def check_duration(job: Job, device: torch.device, processes: int, watcher: Watc
     """Step 5: how long the whole run will take."""
     recipe = job.recipe
     steps = math.ceil(len(job.source.train) / (recipe.batch_size * recipe.grad_accum_steps * processes))
-    phases = [("full-precision", recipe.fp_epochs, None), ("binary", recipe.epochs, job.plan)]
+    spans = [Span.full_precision(recipe), *(Span.binary(recipe, i) for i in range(len(recipe.resolved_stages)))]
     parts, total = [], 0.0
-    for name, epochs, plan in phases:
+    for span in spans:
+        name, epochs = span.name, span.epochs
         if epochs:
-            step = seconds_per_step(job.loaded.module, plan, recipe, job.preprocess.input_size, device)
+            plan = None if name == "full-precision" else job.plan
+            step = seconds_per_step(job.loaded.module, plan, span.recipe, job.preprocess.input_size, device)
             plural, taught = "s" if epochs > 1 else "", ""
-            if plan and job.distills:
+            if plan and job.distills and span.recipe.taught:
                 teacher = job.teacher or job.loaded.module
                 extra = seconds_of_teacher(teacher, recipe, job.preprocess.input_size, device)
                 step, taught = step + extra, f" ({spoken(extra)} of it the teacher's)"
@@ -153,7 +171,7 @@ def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Ru
 
     Raises InputError where it cannot be had, has other classes, or cannot take the images.
     """
-    if recipe.teacher is None or recipe.epochs == 0:
+    if recipe.teacher is None or not recipe.distils:
         return None
     name, _, file = recipe.teacher.partition("=")
     kept = run.folder / "teacher.safetensors" if run else None
@@ -167,6 +185,19 @@ def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Ru
     except InputError as error:
         raise InputError(f"--teacher {recipe.teacher}: {error}") from error
     return teacher
+
+
+@torch.no_grad()
+def _require_stages(job: Job) -> None:
+    """Raise InputError where features are to be compared and cannot be."""
+    if not job.distills or not any(stage.recipe.feature_weight for stage in job.recipe.resolved_stages):
+        return
+    model, image = copy.deepcopy(job.loaded.module).eval(), torch.zeros(1, *job.preprocess.input_size)
+    with stage_outputs(model) as features:
+        model(image)
+    with stage_outputs(job.teacher or model) as shown:
+        (job.teacher or model)(image)
+    attention_distance(features, shown)
 
 
 @torch.no_grad()
@@ -212,7 +243,7 @@ def _assemble(
 
 def _report_teacher(job: Job, watcher: Watcher) -> None:
     recipe = job.recipe
-    if recipe.epochs and recipe.distill_weight and not job.distills:
+    if recipe.distils and not job.distills:
         watcher.note(
             "nothing to distil from: the model's classifier is random and would be its own teacher; training on labels alone "
             "(--fp-epochs N would train it first, --teacher NAME takes another)"
@@ -230,4 +261,7 @@ def _report_plan(job: Job, watcher: Watcher) -> None:
     share = 100 * (1 - costs.float_macs_share)
     size = f"{costs.bytes_before / 1e6:.1f} -> {costs.bytes_after / 1e6:.1f} MB"
     text = f"{plan.model}: {len(plan.binarized)} of {len(plan.decisions)} convolutions become binary, {share:.1f} % of the work"
-    watcher.stage(3, "plan", f"{text}; {size}; input {'x'.join(map(str, job.preprocess.input_size))}")
+    added, prelus = len(plan.topology.norm_of), len(plan.topology.prelus)
+    around = f"; {added} shortcuts added" if plan.topology.shortcuts else ""
+    around += f"; {prelus} PReLUs" if job.recipe.prelu else ""
+    watcher.stage(3, "plan", f"{text}{around}; {size}; input {'x'.join(map(str, job.preprocess.input_size))}")

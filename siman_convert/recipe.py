@@ -10,12 +10,21 @@ import hashlib
 import importlib.resources
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from siman_convert.errors import InputError
 
@@ -25,8 +34,37 @@ PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+Binarized = Literal["activations", "weights", "all"]
 
 MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; anything larger is some other file
+
+
+class Stage(BaseModel):
+    """A stage of the binary training: what is binary in it, and the recipe's fields that have another value there."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    binarize: Binarized
+    epochs: Count | None = None
+    opt: Literal["sgd", "adamw"] | None = None
+    lr: PositiveFloat | None = None
+    momentum: ShareBelowOne | None = None
+    weight_decay: NonNegative | None = None
+    warmup_epochs: Count | None = None
+    warmup_lr: NonNegative | None = None
+    min_lr: NonNegative | None = None
+    clip_grad: PositiveFloat | None = None
+    label_weight: NonNegative | None = None
+    distill_weight: NonNegative | None = None
+    distill_temperature: PositiveFloat | None = None
+    feature_weight: NonNegative | None = None
+    smoothing: ShareBelowOne | None = None
+    mixup: NonNegative | None = None
+    cutmix: NonNegative | None = None
+
+    @model_serializer(mode="wrap")
+    def _stated(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in serialize(self).items() if value is not None}
 
 
 class Recipe(BaseModel):
@@ -39,12 +77,18 @@ class Recipe(BaseModel):
     binarizer: Literal["half", "analytic", "sign"] = "half"  # how latents become bits: by magnitude, or by sign
     keep: tuple[str, ...] = ()  # globs of convolutions to keep in full precision
     binarize: tuple[str, ...] = ()  # globs of convolutions to binarize against the plan's rules
+    shortcuts: bool = (
+        False  # an identity around every binary convolution where shapes allow, with its BatchNorm (Bi-Real)
+    )
+    prelu: bool = False  # PReLU in place of ReLU behind binary convolutions, the same function at first
+    shifts: bool = False  # learned thresholds and shifts around the PReLUs (ReActNet); needs prelu
     clip_percent: Annotated[float, Field(ge=0.0, lt=50.0)] = 15.0  # clip of the first epoch; falls linearly to 0
     calibration_images: Count = 2048  # training images that re-estimate alpha and BatchNorm after conversion
     final_calibration_images: Count = 4096  # and BatchNorm again after the last binary epoch
 
     # Length and optimizer
-    epochs: Count = 30  # binary epochs; 0: post-training mode, nothing is trained
+    epochs: Count = 30  # binary epochs (of each stage that does not say); 0: post-training mode, nothing is trained
+    stages: tuple[Stage, ...] = ()  # of the binary epochs, in order, the last one of all; (): one of all
     fp_epochs: Count = 0  # epochs of full-precision fine-tuning before the conversion
     fp_lr: PositiveFloat | None = None  # learning rate of those; None: lr
     batch_size: Positive = 128  # images per micro-batch and process
@@ -61,6 +105,7 @@ class Recipe(BaseModel):
     label_weight: NonNegative = 1.0  # of the labels' cross-entropy in the binary epochs
     distill_weight: NonNegative = 0.0  # of the distance to a teacher's answers, beside it; 0: off
     distill_temperature: PositiveFloat = 4.0  # divides the logits of both
+    feature_weight: NonNegative = 0.0  # of the distance between the stages' attention maps, beside both; 0: off
     teacher: str | None = None  # None: the full-precision model itself; NAME: timm's pretrained; NAME=FILE: its weights
     smoothing: ShareBelowOne = 0.0  # of labels
     mixup: NonNegative = 0.0  # alpha of mixup; 0: off
@@ -70,6 +115,7 @@ class Recipe(BaseModel):
     amp: bool = False  # mixed precision
     amp_dtype: Literal["float16", "bfloat16"] = "bfloat16"
     channels_last: bool = False
+    sync_bn: bool = False  # BatchNorm's statistics over all processes, on GPUs
     seed: Count = 42
 
     # Data
@@ -97,9 +143,12 @@ class Recipe(BaseModel):
             low, high = getattr(self, name)
             if low > high:
                 raise ValueError(f"{name} goes from {low} down to {high}; expected the smaller first")
-        if self.label_weight == 0 and self.distill_weight == 0:
+        if self.shifts and not self.prelu:
+            raise ValueError("shifts go before the sign and around PReLUs; they need prelu (--prelu)")
+        if self.label_weight == 0 and not self.taught:
             raise ValueError("label_weight and distill_weight are both 0: nothing to learn from; expected one above 0")
-        if self.teacher is not None and self.distill_weight == 0:
+        staged = any(stage.distill_weight or stage.feature_weight for stage in self.stages)
+        if self.teacher is not None and not (self.taught or staged):
             raise ValueError(
                 f"teacher {self.teacher!r} teaches nothing: distill_weight is 0; expected more, or no teacher"
             )
@@ -109,6 +158,60 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> "Recipe":
+        kinds = [stage.binarize for stage in self.stages]
+        first = kinds.index("all") if "all" in kinds else len(kinds)
+        if kinds and (kinds[-1] != "all" or len(set(kinds[:first])) > 1 or set(kinds[first:]) != {"all"}):
+            raise ValueError(
+                f"stages binarize {', '.join(kinds)}; expected activations (or weights) first and all from then on"
+            )
+        for number, stage in enumerate(self.stages, start=1):
+            try:
+                self._of_stage(stage)
+            except ValidationError as error:
+                reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"stage {number} of stages: {reason}") from None
+        return self
+
+    def _of_stage(self, stage: Stage) -> "Recipe":
+        stated = stage.model_dump(exclude={"binarize"})
+        return Recipe.model_validate({**self.model_dump(), "stages": (), "teacher": None, **stated})
+
+    @property
+    def resolved_stages(self) -> tuple["ResolvedStage", ...]:
+        """The stages of the binary training; without `stages` one. Those of no epochs are left out, but for the last."""
+        staged = [(stage.binarize, self._of_stage(stage)) for stage in self.stages] or [("all", self)]
+        kept = [*((what, recipe) for what, recipe in staged[:-1] if recipe.epochs), staged[-1]]
+        resolved, epochs, clipped = [], 0, 0
+        for what, recipe in kept:
+            resolved.append(ResolvedStage(what, recipe, epochs, clipped))
+            epochs += recipe.epochs
+            clipped += recipe.epochs if what != "activations" else 0
+        return tuple(resolved)
+
+    @property
+    def binary_epochs(self) -> int:
+        """Epochs after the conversion, of all stages together."""
+        last = self.resolved_stages[-1]
+        return last.before + last.recipe.epochs
+
+    @property
+    def clipped_epochs(self) -> int:
+        """Those of them that train binary weights: the clip falls to 0 over them."""
+        last = self.resolved_stages[-1]
+        return last.clipped_before + last.recipe.epochs
+
+    @property
+    def taught(self) -> bool:
+        """Whether the loss has a teacher, but for what stages say otherwise."""
+        return self.distill_weight > 0 or self.feature_weight > 0
+
+    @property
+    def distils(self) -> bool:
+        """Whether any epoch learns from a teacher."""
+        return any(stage.recipe.epochs and stage.recipe.taught for stage in self.resolved_stages)
+
     def to_yaml(self) -> str:
         """All fields in order, as YAML that `parse_recipe` reads back to an equal recipe."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -116,6 +219,21 @@ class Recipe(BaseModel):
     def digest(self) -> str:
         """SHA-256 of the canonical JSON of all fields, hexadecimal."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class ResolvedStage:
+    """What a stage binarizes and the recipe it follows, with the epochs of the stages before it: all, and those that clip."""
+
+    binarize: Binarized
+    recipe: Recipe
+    before: int
+    clipped_before: int
+
+    @property
+    def name(self) -> Literal["activations", "weights", "binary"]:
+        """What its phase is called."""
+        return "binary" if self.binarize == "all" else self.binarize
 
 
 def load_recipe(name: str = "finetune", overrides: Mapping[str, Any] | None = None) -> Recipe:

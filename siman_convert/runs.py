@@ -26,7 +26,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
 from siman_convert.errors import InputError
-from siman_convert.files import TEMPORARY_PREFIX, flush_to_disk, replacing, write_json, write_text
+from siman_convert.files import TEMPORARY_PREFIX, disk_errors, flush_to_disk, replacing, write_json, write_text
 from siman_convert.recipe import Recipe, build_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 T = TypeVar("T")
-FORMAT = 1  # of run.json and the state; raised when a reader of the old one would be wrong
+FORMAT = 2  # of run.json and the state; raised when a reader of the old one would be wrong
 MAX_JSON_BYTES = 64 << 20  # class names of the largest data sets fit many times over
 EVALUATED = "evaluated.safetensors"  # in a state: the weights whose metrics the last record holds
 
@@ -59,12 +59,14 @@ class RunInfo:
 
 @dataclass
 class Progress:
-    """How far a run is. Epochs and steps count what is complete; `step` is 0 but in a state saved within an epoch.
+    """How far a run is. Epochs (of the phase) and steps count what is complete; `step` is 0 but in a state saved within an epoch.
 
+    `stage` counts the stages of the binary training from 0; their phases are called activations, weights or binary.
     `sums` are the running totals of the epoch in progress; `bad_images` maps paths of unreadable images to why.
     """
 
-    phase: str = "full-precision"  # then "binary"
+    phase: str = "full-precision"
+    stage: int = 0
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -82,8 +84,10 @@ class Progress:
 
     def finished(self, recipe: Recipe) -> bool:
         """Whether nothing is left to do."""
-        final = recipe.epochs == 0 or recipe.final_calibration_images == 0 or self.re_estimated
-        return self.phase == "binary" and self.epoch == recipe.epochs and self.best_top1 is not None and final
+        stages = recipe.resolved_stages
+        final = recipe.binary_epochs == 0 or recipe.final_calibration_images == 0 or self.re_estimated
+        trained = self.stage == len(stages) - 1 and self.epoch == stages[-1].recipe.epochs
+        return self.phase == "binary" and trained and self.best_top1 is not None and final
 
     def top1(self, phase: str) -> float | None:
         """The newest top-1 of a phase, percent."""
@@ -123,7 +127,9 @@ class Run:
         path = self.folder / "run.json"
         values = _read_json(path)
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise InputError(f"{path}: not a run of format {FORMAT}; was it written by a newer siman?")
+            found = values.get("format") if isinstance(values, dict) else None
+            age = "an older" if isinstance(found, int) and found < FORMAT else "a newer"
+            raise InputError(f"{path}: not a run of format {FORMAT} but {found}; was it written by {age} siman?")
         return _validated(RunInfo, values, path)
 
     def recipe(self) -> Recipe:
@@ -153,7 +159,7 @@ class Run:
         """Path of the `best`, `last` or `full-precision` weights."""
         path = self.folder / f"{which}.safetensors"
         if not path.is_file():
-            made = which == "full-precision" and self.progress().phase == "binary"
+            made = which == "full-precision" and self.progress().phase != "full-precision"
             mend = "this run made none" if made else f"resume it with `siman convert --resume {self.folder}`"
             raise InputError(f"{self.folder} has no {which} weights: {mend}")
         return path
@@ -174,14 +180,18 @@ class Run:
         return _validated(Progress, _read_json(path), path)
 
     @contextlib.contextmanager
-    def locked(self, wanted: bool = True) -> Iterator[None]:
-        """Hold the run while it is trained; InputError where another process does. A killed process lets go of it."""
+    def locked(self, wanted: bool = True, patience: float = 0.0) -> Iterator[None]:
+        """Hold the run while it is trained; InputError where another process does, for longer than `patience` seconds.
+
+        A killed process lets go of it, at once or when its loading processes have noticed its death.
+        """
         if not wanted:
             yield
             return
         lock = FileLock(self.folder / ".lock")
         try:
-            lock.acquire(timeout=0)
+            with disk_errors(self.folder):
+                lock.acquire(timeout=patience)
         except Timeout:
             raise InputError(
                 f"{self.folder} is being trained by another process; wait for it, or stop it first"

@@ -2,6 +2,9 @@
 
 What a step computes depends on weights, recipe and position (phase, epoch, step, process) alone, so that a resumed run goes
 on bit for bit as an uninterrupted one would: data order, augmentation and all other generators are seeded from the position.
+
+Several processes are torch's DistributedDataParallel through accelerate: each takes equally many images a step, so that the mean
+of their gradients is that of all images. BatchNorm's running statistics are those of process 0, unless it is synchronised.
 """
 
 import contextlib
@@ -13,15 +16,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from safetensors import SafetensorError
-from timm.scheduler import CosineLRScheduler
-from timm.utils import ModelEmaV3
+from timm.layers import convert_sync_batchnorm
+from timm.utils import ModelEmaV3, distribute_bn
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
@@ -34,10 +37,10 @@ from siman_convert.metrics import Metrics, evaluate_model
 from siman_convert.objective import Objective
 from siman_convert.recipe import Recipe
 from siman_convert.runs import EVALUATED, Progress, Record, Run
+from siman_convert.schedule import PhaseName, Span, make_optimizer, make_schedule
 from siman_convert.surgery import binary_layers
 from siman_convert.watch import Meter, Watcher
 
-PhaseName = Literal["full-precision", "binary"]
 EMA = "ema.safetensors"  # in a state
 CHECK_STEPS = 20  # on an accelerator the loss is read this often: every reading waits for the device
 
@@ -62,40 +65,16 @@ class TrainingStep(nn.Module):
         self.model, self.objective = model, objective
 
     def forward(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.model(images)
-        return self.objective(images, logits, targets), logits
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay 0 on every parameter of the binary layers, alpha and bias included; `weight_decay` elsewhere.
-
-    l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there.
-    """
-    binary = {id(p) for layer in binary_layers(model).values() for p in layer.parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trained if id(p) not in binary], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) in binary], "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
-    """The recipe's optimizer; momentum without dampening or Nesterov, as the authors'."""
-    groups = parameter_groups(model, recipe.weight_decay)
-    if recipe.opt == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum)
-    return torch.optim.AdamW(groups, lr=lr)
+        return self.objective(self.model, images, targets)
 
 
 @dataclass
 class Phase:
     """One phase of training: a model with its optimizer and schedule, moved along by `train`."""
 
-    name: PhaseName
+    span: Span
     model: nn.Module
     objective: Objective
-    recipe: Recipe
     data: Data
     accelerator: Accelerator
     run: Run
@@ -105,19 +84,20 @@ class Phase:
     save_every: float | None = None  # minutes; besides every epoch
 
     def __post_init__(self) -> None:
-        recipe, accelerator = self.recipe, self.accelerator
-        full_precision = self.name == "full-precision"
-        self.epochs = recipe.fp_epochs if full_precision else recipe.epochs
+        recipe, accelerator = self.span.recipe, self.accelerator
+        self.name, self.recipe, self.epochs = self.span.name, recipe, self.span.epochs
+        if recipe.sync_bn and accelerator.num_processes > 1:  # timm's: torch's drops activations fused into a BatchNorm
+            self.model = convert_sync_batchnorm(self.model)
         for network in filter(None, (self.model, self.objective.teacher)):
             if recipe.channels_last:
                 network.to(memory_format=torch.channels_last)
             network.to(accelerator.device)
         self.layers = list(binary_layers(self.model).values())
         self.mix = _mixing(recipe, self.data.classes)
-        optimizer = make_optimizer(self.model, recipe, lr=(full_precision and recipe.fp_lr) or recipe.lr)
+        optimizer = make_optimizer(self.model, recipe, lr=self.span.lr)
         self.batches = _trainable_batches(len(self.data.train), recipe.batch_size, accelerator.num_processes)
         self.steps = math.ceil(self.batches / recipe.grad_accum_steps)
-        self.schedule = _schedule(optimizer, recipe, self.epochs, self.steps)
+        self.schedule = make_schedule(optimizer, recipe, self.epochs, self.steps)
         step = TrainingStep(self.model, self.objective)
         self.module, self.optimizer = accelerator.prepare(step, optimizer)
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
@@ -148,8 +128,13 @@ class Phase:
             self._finish_epoch()
 
     def evaluate(self) -> Metrics:
-        """Metrics of `evaluated_model` on the validation split, exact over all processes. Raises Interrupted."""
+        """Metrics of `evaluated_model` on the validation split, exact over all processes. Raises Interrupted.
+
+        All processes evaluate the BatchNorm statistics of process 0, which are those that `commit` saves.
+        """
         accelerator, recipe = self.accelerator, self.recipe
+        if accelerator.num_processes > 1:
+            distribute_bn(self.evaluated_model, accelerator.num_processes, reduce=False)
         loader = eval_loader(
             self.data.val,
             self.data.eval_transform,
@@ -161,13 +146,14 @@ class Phase:
         self.watcher.start_evaluation(len(self.data.val))
         metrics = evaluate_model(
             self.evaluated_model,
-            iterate(loader),
+            self._until_stopped(iterate(loader)),
             accelerator.device,
             channels_last=recipe.channels_last,
             reduce=self._sum_over_processes,
-            each=self._evaluated,
+            each=self.watcher.evaluated,
         )
-        self._note_bad(metrics.bad)
+        self.stop_if_asked()
+        self._note_bad(gather_object([*self.progress.bad_images.items(), *metrics.bad]))
         return metrics
 
     def commit(self, publish: Iterable[str] = ()) -> None:
@@ -176,7 +162,7 @@ class Phase:
         Never weights that the last update has ruined, which a binary layer's outputs need not show.
         """
         if not all(torch.isfinite(p).all() for p in self.model.parameters()):
-            raise SimanError(f"the weights are not finite after {self.name} epoch {self.progress.epoch}, step "
+            raise SimanError(f"the weights are not finite after {self.name} epoch {self._epoch}, step "
                              f"{self.progress.step}; {self._last_good()}")  # fmt: skip
         draft = self.run.draft_state()
         self.progress.publish = list(publish)
@@ -192,9 +178,13 @@ class Phase:
         self.accelerator.wait_for_everyone()
         self.saved_at = time.monotonic()
 
-    def conclude(self, metrics: Metrics, record: Record, publish: tuple[str, ...]) -> None:
-        """Append the metrics to the history and commit; the best binary weights are published as `best` too."""
+    def conclude(self, metrics: Metrics, record: Record) -> None:
+        """Append the metrics to the history, commit and publish; the best binary weights as `best` too.
+
+        Stages that are binary in part publish nothing: no command could use it.
+        """
         progress = self.progress
+        publish = {"full-precision": ("full-precision",), "binary": ("last",)}.get(self.name, ())
         if not math.isfinite(metrics.loss):
             raise SimanError(f"the validation loss is {metrics.loss} after {record['phase']} epoch {record['epoch']}; "
                              f"{self._last_good()}")  # fmt: skip
@@ -204,29 +194,34 @@ class Phase:
             progress.best_top1, progress.best_epoch = metrics.top1, record["epoch"]
             publish = (*publish, "best")
         self.commit(publish)
-        self.watcher.end_epoch(progress.history[-1], self.epochs)
+        self.watcher.end_epoch(progress.history[-1], self.span.total)
 
     def stop_if_asked(self) -> None:
         """Save and raise Interrupted when a signal asked for it."""
         if self._agreed(self.stop.requested):
             self.commit()
             raise Interrupted(
-                f"stopped in {self.name} epoch {min(self.progress.epoch + 1, self.epochs)}, step {self.progress.step}; all saved"
+                f"stopped in {self.name} epoch {min(self._epoch + 1, self.span.total)}, step {self.progress.step}; all saved"
             )
 
+    @property
+    def _epoch(self) -> int:
+        """Complete epochs of this phase and of those counted with it."""
+        return self.span.before + self.progress.epoch
+
     def _train_epoch(self) -> None:
-        progress = self.progress
+        progress, accelerator = self.progress, self.accelerator
         if progress.step == 0:
             progress.sums = {"loss": 0.0, "correct": 0.0, "images": 0.0, "steps": 0.0, "seconds": 0.0}
-        meter = Meter(progress.sums)
+        meter = Meter(progress.sums, self._sum_over_processes, accelerator.num_processes)
         self.module.train()
-        self.watcher.start_epoch(self.name, progress.epoch, self.epochs, self.steps, progress.step)
+        self.watcher.start_epoch(self.name, self._epoch, self.span.total, self.steps, progress.step)
         micro_batches = self._batches()
         while group := list(itertools.islice(micro_batches, self.recipe.grad_accum_steps)):
-            set_seed(_position_seed(self.recipe.seed, self.name, progress, self.accelerator.process_index))
+            set_seed(_position_seed(self.recipe.seed, self.name, self._epoch, progress.step, accelerator.process_index))
             self._step(group, meter)
             progress.step += 1
-            if self.accelerator.device.type == "cpu" or progress.step % CHECK_STEPS == 0 or progress.step == self.steps:
+            if accelerator.device.type == "cpu" or progress.step % CHECK_STEPS == 0 or progress.step == self.steps:
                 self._check(meter)
 
     def _check(self, meter: "Meter") -> None:
@@ -234,7 +229,7 @@ class Phase:
         progress = self.progress
         bad_step = meter.flush()
         if bad_step is not None:
-            raise SimanError(f"the loss is not finite at step {bad_step + 1} of {self.name} epoch {progress.epoch + 1}; "
+            raise SimanError(f"the loss is not finite at step {bad_step + 1} of {self.name} epoch {self._epoch + 1}; "
                              f"{self._last_good()}")  # fmt: skip
         self.watcher.step(progress.step, meter.loss, meter.top1, self.optimizer.param_groups[0]["lr"])
         self.stop_if_asked()
@@ -248,7 +243,7 @@ class Phase:
             self.data.train,
             self.data.train_transform,
             batch_size=recipe.batch_size,
-            epoch=progress.epoch + (0 if self.name == "full-precision" else recipe.fp_epochs),
+            epoch=self._epoch + (0 if self.name == "full-precision" else recipe.fp_epochs),
             seed=recipe.seed,
             rank=accelerator.process_index,
             world=accelerator.num_processes,
@@ -268,9 +263,10 @@ class Phase:
             self.schedule.step_update(update)
         else:
             self.schedule.step(progress.epoch)
-        percent = clip_percent(progress.epoch, self.epochs, recipe.clip_percent)
-        for layer in self.layers:
-            layer.clip_weights_(percent)
+        if self.layers:
+            percent = clip_percent(self.span.clipped_before + progress.epoch, self.span.clipped, recipe.clip_percent)
+            for layer in self.layers:
+                layer.clip_weights_(percent)
         total = sum(len(batch.targets) for batch in group)
         for i, batch in enumerate(group):
             images, targets = self._to_device(batch)
@@ -290,30 +286,32 @@ class Phase:
     def _finish_epoch(self) -> None:
         progress, sums = self.progress, self.progress.sums
         if not sums["steps"]:
-            raise InputError(f"{self.name} epoch {progress.epoch + 1} had no training image; check the data")
+            raise InputError(f"{self.name} epoch {self._epoch + 1} had no training image; check the data")
         metrics = self.evaluate()
         record = {
             "phase": self.name,
-            "epoch": progress.epoch + 1,
+            "epoch": self._epoch + 1,
             "train_loss": sums["loss"] / sums["steps"],
             "train_top1": 100 * sums["correct"] / sums["images"],
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_seconds": round(sums["seconds"], 3),
         }
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
-        self.conclude(metrics, record, ("full-precision",) if self.name == "full-precision" else ("last",))
+        self.conclude(metrics, record)
 
     def _to_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = self.accelerator.device
         images, targets = batch.images.to(device, non_blocking=True), batch.targets.to(device, non_blocking=True)
         return (images.contiguous(memory_format=torch.channels_last) if self.recipe.channels_last else images), targets
 
-    def _evaluated(self, images: int) -> None:
-        self.watcher.evaluated(images)
-        if self.stop.requested and self.accelerator.num_processes == 1:  # ranks have different numbers of batches here
-            self.stop_if_asked()
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Processes have different numbers of batches in an evaluation: each ends its own, then all look who asked to stop."""
+        for batch in batches:
+            yield batch
+            if self.stop.requested:
+                return
 
-    def _note_bad(self, records: Iterable[BadRecord]) -> None:
+    def _note_bad(self, records: Iterable[BadRecord | tuple[str, str]]) -> None:
         """Count and name unreadable images; more than the recipe's share of them is an error."""
         known = self.progress.bad_images
         for path, why in records:
@@ -350,21 +348,6 @@ def _trainable_batches(images: int, batch_size: int, world: int) -> int:
     return batches - 1 if batches > 1 and per_process % batch_size == 1 else batches
 
 
-def _schedule(optimizer: torch.optim.Optimizer, recipe: Recipe, epochs: int, steps: int) -> CosineLRScheduler:
-    """Cosine to min_lr after a linear warm-up, as a pure function of the update (or epoch): nothing to save."""
-    unit = steps if recipe.sched_on_updates else 1
-    warmup = min(recipe.warmup_epochs, max(0, epochs - 1))
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(2, (epochs - warmup) * unit),  # of 1 it warns, and its first rate is the same
-        lr_min=recipe.min_lr,
-        warmup_t=warmup * unit,
-        warmup_lr_init=recipe.warmup_lr,
-        warmup_prefix=True,
-        t_in_epochs=not recipe.sched_on_updates,
-    )
-
-
 def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
     kinds: list[Any] = []
     if recipe.mixup > 0:
@@ -374,7 +357,7 @@ def _mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Te
     return v2.RandomChoice(kinds) if kinds else None
 
 
-def _position_seed(seed: int, phase: PhaseName, progress: Progress, rank: int) -> int:
+def _position_seed(seed: int, phase: PhaseName, epoch: int, step: int, rank: int) -> int:
     """32 bits that differ for every (seed, phase, epoch, step, rank)."""
-    text = f"{seed} {phase} {progress.epoch} {progress.step} {rank}"
+    text = f"{seed} {phase} {epoch} {step} {rank}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")

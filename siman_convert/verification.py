@@ -124,17 +124,18 @@ def verify_file(
     preprocess = file.description.preprocess
     core = _without_preprocessing(file.model) if file.variant.takes_images else file.model
     layers = {node.name: node.input[0] for node in binary_nodes(core)}
+    centered = {node.name: _is_centered(node) for node in binary_nodes(core)}
     tapped = tapped_graph(core)
     ort = graph_runner(native.open_session(tapped.SerializeToString()).run, layers)
     batches = _images(source, eval_transform(preprocess), BATCH, images)
     first = next(batches)
     operators = list(check_operators(core, tapped, first[:OPERATOR_IMAGES]))
     numpy = graph_runner(reference.evaluator(tapped).run, layers)
-    models = [compare(("reference", "onnxruntime"), numpy, ort, [first[:REFERENCE_IMAGES]], list(layers), watcher)]
+    models = [compare(("reference", "onnxruntime"), numpy, ort, [first[:REFERENCE_IMAGES]], centered, watcher)]
     if packed is not None:
         watcher.start_evaluation(images)
         rest = _with(first, batches)
-        models.append(compare(("torch", "onnxruntime"), torch_runner(packed), ort, rest, list(layers), watcher))
+        models.append(compare(("torch", "onnxruntime"), torch_runner(packed), ort, rest, centered, watcher))
     pixels = _pixel_difference(file, source) if file.variant.takes_images else None
     failures = [line for check in operators for line in check.failures()]
     failures += [] if packed is None else _different_weights(core, packed)
@@ -224,7 +225,7 @@ def compare(
     a: Runner,
     b: Runner,
     batches: Iterable[Tensor],
-    layers: list[str],
+    layers: dict[str, bool],  # whether its threshold is the sample's mean, else 0
     watcher: Watcher,
 ) -> ModelCheck:
     """Two backends on the same batches: the signs of every input of `layers`, in the graph's order, and the logits."""
@@ -233,25 +234,30 @@ def compare(
         (logits_a, taps_a), (logits_b, taps_b) = a(images), b(images)
         flipped = torch.zeros(len(images), dtype=torch.bool)
         for flips in check.layers:
-            flipped |= _count_flips(flips, taps_a[flips.layer], taps_b[flips.layer], flipped)
+            here = taps_a[flips.layer], taps_b[flips.layer]
+            flipped |= _count_flips(flips, *here, layers[flips.layer], flipped)
         _compare_logits(check, logits_a, logits_b, flipped)
         watcher.evaluated(len(images))
     return check
 
 
-def _count_flips(flips: LayerFlips, a: Tensor, b: Tensor, before: Tensor) -> Tensor:
+def _count_flips(flips: LayerFlips, a: Tensor, b: Tensor, centered: bool, before: Tensor) -> Tensor:
     """Add a layer's flips of a batch; which images have some, (N,). Those of an image without any `before` are judged."""
-    mean = exact_mean(a)
-    different = (a >= mean) != (b >= exact_mean(b))
+    mean_a, mean_b = (exact_mean(x) if centered else x.new_zeros(1, 1, 1, 1) for x in (a, b))
+    different = (a >= mean_a) != (b >= mean_b)
     flips.signs += different.numel()
     flips.flips += int(different.sum())
     here = different.flatten(1).any(dim=1)
     std = a.flatten(1).std(dim=1).clamp_min(1e-30).view(-1, 1, 1, 1)
-    distance = torch.maximum((a - mean).abs(), (b - exact_mean(b)).abs()) / std
+    distance = torch.maximum((a - mean_a).abs(), (b - mean_b).abs()) / std
     farthest = torch.where(different, distance.nan_to_num(nan=FAR), 0.0).flatten(1).amax(dim=1)[here & ~before]
     flips.farthest = max([flips.farthest, *farthest.tolist()])
     flips.unexplained += int((farthest > NEAR).sum())
     return here
+
+
+def _is_centered(node: onnx.NodeProto) -> bool:
+    return any(attribute.name == "center" and attribute.i == 1 for attribute in node.attribute)
 
 
 def _compare_logits(check: ModelCheck, a: Tensor, b: Tensor, flipped: Tensor) -> None:

@@ -5,7 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from siman_convert.metrics import Reduce
 
 
 class Watcher:
@@ -23,10 +26,13 @@ class Watcher:
 
 
 class Meter:
-    """Running totals of an epoch's training, kept on the device until `flush` reads them."""
+    """Running totals of an epoch's training over all processes, kept on the device until `flush` reads them.
 
-    def __init__(self, sums: dict[str, float]) -> None:
-        self._sums = sums
+    `reduce` sums a tensor over the `processes`, which take equally many images a step.
+    """
+
+    def __init__(self, sums: dict[str, float], reduce: Reduce = lambda total: total, processes: int = 1) -> None:
+        self._sums, self._reduce, self._processes = sums, reduce, processes
         self._pending: list[tuple[Tensor, Tensor, int]] = []  # loss, correct, images of each step
         self._since = time.perf_counter()
 
@@ -39,13 +45,19 @@ class Meter:
         self._pending.append(entry)
 
     def flush(self) -> int | None:
-        """Read what is pending; returns the number (from 0) of the first step whose loss is not finite."""
+        """Read what is pending; returns the number (from 0) of the first step whose loss is not finite in some process."""
         sums = self._sums
-        for loss, correct, images in self._pending:
-            value = loss.item()
-            if not math.isfinite(value):
+        losses, corrects, images = zip(*self._pending, strict=True)
+        totals = [torch.stack(losses).double(), torch.stack(corrects).double(), torch.tensor(images).double()]
+        for loss, correct, count in self._reduce(torch.stack([total.cpu() for total in totals])).T.tolist():
+            if not math.isfinite(loss):
                 return int(sums["steps"])
-            for key, amount in (("loss", value), ("correct", correct.item()), ("images", images), ("steps", 1)):
+            for key, amount in (
+                ("loss", loss / self._processes),
+                ("correct", correct),
+                ("images", count),
+                ("steps", 1),
+            ):
                 sums[key] += amount
         self._pending.clear()
         now = time.perf_counter()

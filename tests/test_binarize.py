@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from siman_convert import binarize
+from siman_convert import binarize, pieces
 
 RNG_SEEDS = st.integers(0, 2**32 - 1)
 
@@ -84,7 +84,61 @@ def test_selection_equals_sorting(seed: int, count: int, rank: float, kind: str)
     values = random_rows(seed, 1, count)[0]
     values = {"normal": values, "ties": values.round(), "sorted": values.sort().values}[kind]
     position = int(rank * (count - 1))
-    assert binarize._select_on_cpu(values, [position]) == binarize._select_by_sorting(values, [position])
+    before = values.clone()
+    assert binarize._select_in_numpy(values, [position, count - 1]) == binarize._select_by_sorting(
+        values, [position, count - 1]
+    )
+    assert torch.equal(values, before)
+
+
+@given(
+    seed=RNG_SEEDS,
+    filters=st.integers(1, 6),
+    count=st.integers(1, 600),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    kind=st.sampled_from(["normal", "ties", "constant", "sorted"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_lower_medians_are_torchs(seed: int, filters: int, count: int, dtype: torch.dtype, kind: str) -> None:
+    """On another path than a CPU's it is torch's own median: the bits must be the same."""
+    rows = random_rows(seed, filters, count).to(dtype).abs()
+    rows = {
+        "normal": rows,
+        "ties": rows.round(),
+        "constant": rows[:, :1].repeat(1, count),
+        "sorted": rows.sort().values,
+    }[kind]
+    before = rows.clone()
+    assert torch.equal(binarize.lower_medians(rows), rows.median(dim=1, keepdim=True).values)
+    assert torch.equal(binarize.half_bits(rows), rows > rows.sort().values[:, [(count - 1) // 2]])
+    assert torch.equal(rows, before)
+
+
+@given(
+    seed=RNG_SEEDS,
+    filters=st.integers(1, 9),
+    count=st.integers(1, 40),
+    piece=st.integers(1, 400),
+    selection=st.sampled_from(binarize.SELECTIONS),
+)
+@settings(max_examples=80, deadline=None)
+def test_binary_rows_and_their_gradient_do_not_depend_on_pieces(
+    seed: int, filters: int, count: int, piece: int, selection: binarize.Selection
+) -> None:
+    rows, grad = random_rows(seed, filters, count), random_rows(seed + 1, filters, count)
+    z, rstd = binarize.standardize(rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces, "PIECE", piece)
+        bw = binarize.binary_rows(rows, selection)
+        grad_rows = binarize.binary_rows_backward(grad, rows, selection)
+    clear = z.abs() > 1e-6  # of the sign; of a magnitude the rounding of a row's sum decides among near ties only
+    if selection == "sign":
+        assert torch.equal(bw[clear] > 0, (z >= 0)[clear])
+    elif count > 2:  # two centred weights always tie
+        assert torch.equal(bw > 0, binarize.select_bits(z, selection))
+    straight = grad if selection == "sign" else grad * z.sign()
+    expected = (straight - straight.mean(1, True) - z * (straight * z).sum(1, True) / max(1, count - 1)) * rstd
+    assert torch.allclose(grad_rows, expected, atol=1e-9 * float(max(1, rstd.max())))
 
 
 def test_percentiles_of_more_than_16_million_elements() -> None:

@@ -141,6 +141,7 @@ def test_what_is_in_8_bits_is_printed(life: Life, tmp_path: Path, capsys: pytest
     assert document["quantization"] == {
         "convolutions": convolutions,
         "relus": ["conv1.0"],
+        "pools": [],
         "weights_only": {},
         "classifiers": ["fc"],
         "weights": weights,
@@ -156,7 +157,7 @@ def test_what_is_in_8_bits_is_printed(life: Life, tmp_path: Path, capsys: pytest
 
 
 def test_convolutions_that_compute_in_float_all_the_same_are_named() -> None:
-    found = Quantization((), (), {"a": "2 groups", "b": "dilation"}, ("fc", "fd"), 1234)
+    found = Quantization((), (), (), {"a": "2 groups", "b": "dilation"}, ("fc", "fd"), 1234)
     assert list(quantization_lines(found)) == [
         "int8      2 8-bit classifiers; 8-bit weights alone of 2 convolutions: 1,234 weights of 1 byte, before 4",
         "int8      a computes in float32: 2 groups",

@@ -433,7 +433,7 @@ def test_int8_says_what_it_quantized(life: Life, int8: Exported, half: Exported)
     assert half.quantization is None
     assert int8.quantization == read_quantization(graph)
     assert int8.quantization == Quantization(
-        tuple(convolutions), ("conv1.0",), {}, ("fc",), sum(prod(dims) for dims in weights)
+        tuple(convolutions), ("conv1.0",), (), {}, ("fc",), sum(prod(dims) for dims in weights)
     )
     kinds = {check.layer: check.operator for check in int8.verification.operators}
     assert [name for name, kind in kinds.items() if kind == QUANTIZED_OP] == convolutions

@@ -155,7 +155,8 @@ def test_what_a_packed_layer_holds() -> None:
         ).state_dict()
     )
     assert repr(packed) == (
-        "PackedConv2d(18, 4, kernel_size=(3, 2), stride=(1, 1), pads=(0, 1, 1, 1), dilation=(1, 1), groups=2, bias=True)"
+        "PackedConv2d(18, 4, kernel_size=(3, 2), stride=(1, 1), pads=(0, 1, 1, 1), dilation=(1, 1), groups=2, "
+        "bias=True, center=True)"
     )
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from siman_convert import pieces
 from siman_convert.bits import unpack_weight_bits
 from siman_convert.errors import InputError
 from siman_convert.frozen import freeze
@@ -82,6 +83,46 @@ def test_eval_is_the_integer_convolution(selection: str) -> None:
     expected = F.conv2d(signs, weights, stride=2, padding=1).float() * layer.alpha.view(-1, 1, 1)
     assert torch.equal(layer(x), expected)
     assert torch.equal(layer.weight, before)  # never clipped by a forward
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_a_batch_in_pieces_is_the_batch(
+    layout: torch.memory_format, padding: int | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The output bit for bit; gradients up to the order of sums. Seven samples in pieces of two, a last one of one."""
+    torch.manual_seed(5)
+    layer = SiMaNConv2d(6, 4, (3, 4) if padding == "same" else 3, padding=padding)
+    x = torch.randn(7, 6, 9, 8).contiguous(memory_format=layout).requires_grad_()
+    grad = torch.randn_like(layer(x))
+
+    def step() -> list[Tensor]:
+        y = layer(x)
+        return [y, *torch.autograd.grad(y, [x, *layer.parameters()], grad)]
+
+    whole = step()
+    monkeypatch.setattr(pieces, "PIECE", 2 * 6 * 9 * 8)
+    assert len(list(pieces.pieces(x))) == 4
+    parts = step()
+    assert torch.equal(parts[0], whole[0])
+    assert parts[0].stride() == whole[0].stride()
+    for ours, theirs in zip(parts[1:], whole[1:], strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5 * theirs.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch's own, while it traces
+def test_torch_compile_gives_the_same_loss_and_gradients() -> None:
+    torch.manual_seed(6)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), SiMaNConv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8), nn.PReLU(8))
+    x = torch.randn(4, 3, 12, 12)
+
+    def step(forward) -> list[Tensor]:  # type: ignore[no-untyped-def]
+        loss = forward(x).square().mean()
+        return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+    torch._dynamo.reset()
+    for ours, theirs in zip(step(torch.compile(model, backend="aot_eager")), step(model), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5 * max(1.0, theirs.abs().max().item()))
 
 
 def test_eval_of_one_sample_does_not_depend_on_its_batch() -> None:

@@ -30,7 +30,7 @@ from siman_convert.onnx_file import read_onnx
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe, load_recipe
 from siman_convert.runs import Run
-from siman_convert.train import _schedule
+from siman_convert.schedule import make_schedule
 from siman_convert.watch import Watcher
 
 NAMES = sorted(networks.__all__)
@@ -380,7 +380,7 @@ def test_the_authors_learning_rates() -> None:
     """Their warm-up sets lr*(epoch+1)/5 for five epochs; their cosine over epochs - 4 steps once an epoch from the fifth on."""
     recipe = load_recipe("paper-cifar10")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.lr)
-    schedule = _schedule(optimizer, recipe, recipe.epochs, 196)
+    schedule = make_schedule(optimizer, recipe, recipe.epochs, 196)
     for epoch in range(400):
         schedule.step(epoch)
         theirs = 0.1 * (epoch + 1) / 5 if epoch < 5 else 0.05 * (1 + math.cos(math.pi * (epoch - 4) / 396))

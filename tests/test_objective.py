@@ -3,11 +3,14 @@
 import math
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from siman_convert.objective import Objective, distillation_loss
+import siman_convert.networks  # noqa: F401  registers the paper's networks
+from siman_convert.errors import InputError
+from siman_convert.objective import Objective, attention_distance, distillation_loss, stage_outputs
 from siman_convert.train import TrainingStep
 
 
@@ -71,14 +74,17 @@ def test_the_sum_of_both_parts(soft: bool) -> None:
     expected = 0.7 * distillation_loss(student, answers, 2.0) + 0.3 * F.cross_entropy(
         student, targets, label_smoothing=0.1
     )
-    assert objective(images, student, targets).item() == pytest.approx(expected.item(), rel=1e-12)
+    loss, answered = objective(Recorder(student).eval(), images, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+    assert torch.equal(answered, student)
 
 
 def test_labels_alone_and_teacher_alone() -> None:
     images, student, targets = torch.randn(5, 3, 4, 4), logits(8), torch.arange(5)
-    assert torch.equal(Objective()(images, student, targets), F.cross_entropy(student, targets))
+    model = Recorder(student).eval()
+    assert torch.equal(Objective()(model, images, targets)[0], F.cross_entropy(student, targets))
     taught = Objective(0.0, teacher=Recorder(logits(9)).eval(), distill_weight=1.0, temperature=4.0)
-    assert torch.equal(taught(images, student, targets), taught(images, student, targets.flip(0)))
+    assert torch.equal(taught(model, images, targets)[0], taught(model, images, targets.flip(0))[0])
 
 
 def test_the_teacher_is_asked_the_same_images_and_stays_apart() -> None:
@@ -96,3 +102,49 @@ def test_the_teacher_is_asked_the_same_images_and_stays_apart() -> None:
     assert torch.equal(teacher.norm.running_mean, mean)
     assert set(step.state_dict()) == {"model.0.weight", "model.0.bias"}
     assert {id(p) for p in step.parameters()} == {id(p) for p in model.parameters()}
+
+
+def test_attention_by_hand() -> None:
+    """q_s = (1, 0) of one channel, q_t = (9 + 16, 0) of two: equal once of length 1; then (1, 0) against (0, 1)."""
+    here, there = torch.tensor([[[[1.0, 0.0]]]]), torch.tensor([[[[3.0, 0.0]], [[-4.0, 0.0]]]])
+    assert attention_distance({4: here}, {4: there}).item() == 0.0
+    assert attention_distance({4: here}, {4: there.flip(3)}).item() == pytest.approx(math.sqrt(2))
+    both = attention_distance({4: here, 8: here, 16: here}, {4: there, 8: there.flip(3), 32: there})
+    assert both.item() == pytest.approx(math.sqrt(2))
+
+
+def test_attention_has_a_gradient_and_none_at_equality() -> None:
+    student, teacher = (torch.randn(3, 4, 5, 5, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    assert torch.autograd.gradcheck(lambda s: attention_distance({2: s}, {2: teacher}), student)
+    (gradient,) = torch.autograd.grad(attention_distance({2: student}, {2: student.detach()}), student)
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+def test_stages_that_cannot_be_compared() -> None:
+    with pytest.raises(InputError, match="no stage of equal size"):
+        attention_distance({2: torch.zeros(1, 3, 8, 8)}, {2: torch.zeros(1, 3, 4, 4)})
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "siman_resnet20", "siman_vgg_small", "siman_resnet18_imagenet"])
+def test_stage_outputs_are_those_of_the_stages_and_leave_no_hook(name: str) -> None:
+    model = timm.create_model(name, num_classes=4).eval()
+    with stage_outputs(model) as outputs:
+        model(torch.randn(2, 3, 32, 32))
+    assert len(outputs) >= 3
+    for reduction, output in outputs.items():
+        assert tuple(output.shape[2:]) == (32 // reduction, 32 // reduction)
+    assert not any(module._forward_hooks for module in model.modules())
+    with stage_outputs(model, wanted=False) as nothing:
+        model(torch.randn(2, 3, 32, 32))
+    assert nothing == {}
+
+
+def test_features_are_part_of_the_loss() -> None:
+    student, teacher = (timm.create_model("test_resnet", num_classes=4).eval() for _ in range(2))
+    images, targets = torch.randn(2, 3, 64, 64), torch.arange(2)
+    loss, answers = Objective(1.0, teacher=teacher, feature_weight=0.5)(student, images, targets)
+    with stage_outputs(student) as ours, stage_outputs(teacher) as theirs:
+        student(images), teacher(images)
+    expected = F.cross_entropy(answers, targets) + 0.5 * attention_distance(ours, theirs)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -100,7 +100,7 @@ def test_the_metadata(export: Export) -> None:
     text, digest = (prop.value for prop in model.metadata_props)
     values = json.loads(text)
     assert values == to_metadata(description_of(export.packed)) | {"input": "uint8 NHWC", "int8": False}
-    assert values["format"] == 1
+    assert values["format"] == 2
     assert text == canonical_json(values)
     assert (NORMALISED, IMAGE) == ("float32 NCHW", "uint8 NHWC")
     model.metadata_props[1].value = "0" * 64
@@ -429,8 +429,12 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
         "grouped: the function siman.BinaryConv2d is missing or there twice",
     ),
     "another operator of ours": (of_another_operator, "grouped: siman.Shell of 6 inputs; expected BinaryConv2d of 6"),
-    "a newer format": (metadata(lambda v: v.update(format=2)), "format 2, this siman reads up to 1: upgrade siman"),
-    "no format": (metadata(lambda v: v.pop("format")), "metadata: format: expected 1, found None"),
+    "a newer format": (metadata(lambda v: v.update(format=3)), "format 3, this siman reads up to 2: upgrade siman"),
+    "an older format": (
+        metadata(lambda v: v.update(format=1)),
+        "format 1, this siman reads 2 only: read it with the siman that wrote it",
+    ),
+    "no format": (metadata(lambda v: v.pop("format")), "metadata: format: expected 2, found None"),
     "an unknown field": (metadata(lambda v: v.update(more=1)), "metadata: more: expected nothing, found 1"),
     "a missing field": (metadata(lambda v: v.pop("plan")), "plan: Field required"),
     "another kind of input": (

@@ -58,6 +58,14 @@ def weights_of_an_input(model: onnx.ModelProto) -> None:
     model.graph.initializer.remove(tensor)
 
 
+def with_pool(kernel: list[Any], pads: list[int] | None = None) -> Edit:
+    def edit(model: onnx.ModelProto) -> None:
+        values = {"pool_kernel": kernel, "pool_strides": [1, 1], "pool_pads": pads or [0] * 4}
+        node_of(model, "stem").attribute.extend(helper.make_attribute(name, value) for name, value in values.items())
+
+    return edit
+
+
 SCALE = "stem: QuantizedConv2d: x_scale must be a finite float32 above 0, got "
 HOSTILE: dict[str, tuple[Edit, str]] = {
     "no function": (
@@ -73,6 +81,10 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     },
     "an attribute of the other operator": (stem("group", 1), "stem: attributes group, pads, strides, x_scale, x_zero_"),
     "an attribute twice": (of_an_attribute_twice, "stem: attributes pads, strides, x_scale, x_scale, x_zero_point"),
+    "a part of a pool": (stem("pool_kernel", [2, 2]), "stem: attributes pads, pool_kernel, strides, x_scale, x_zero_"),
+    "a pool of no rows": (with_pool([0, 1]), "stem: QuantizedConv2d: pool_kernel must be 2 x integer in 1.."),
+    "a pool of floats": (with_pool([2.0, 1.0]), "stem: attribute pool_kernel is not of type INTS"),
+    "pool pads": (with_pool([1, 1], [0, 0, 1, 0]), "stem: QuantizedConv2d: pool_pads must be below pool_kernel [1, 1]"),
     "x_scale 0": (stem("x_scale", 0.0), SCALE + "0.0"),
     "negative x_scale": (stem("x_scale", -1.0), SCALE + "-1.0"),
     "x_scale NaN": (stem("x_scale", float("nan")), SCALE + "nan"),

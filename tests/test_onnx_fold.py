@@ -122,6 +122,8 @@ def per_channel(*shape: int, seed: int = 3) -> np.ndarray:
 
 
 USED_TWICE = "the output before it is used 2 times"
+SUBTRAHEND = "it is what is subtracted"
+COMPUTED = "what it subtracts is not one constant for each channel"
 NO_SLOPE = "its slope is not one constant for each channel"
 NOT_CONSTANT = "its parameters are not constant"
 AFTER_ACTIVATION = "an activation is folded already"
@@ -144,6 +146,7 @@ CASES = {
     "two layers": Case(
         "a = CONV(x) b = NORM(a) c = LeakyRelu <alpha = 0.3> (b) d = CONV(x) e = Add(r, d) y = Sub(c, e)",
         {"BatchNormalization": 1, "LeakyRelu": 1, "Add": 1},
+        (("a", "Sub the_y", AFTER_ACTIVATION), ("d", "Sub the_y", SUBTRAHEND)),
     ),
     "BatchNorm after a residual": Case(
         "a = CONV(x) b = Add(a, r) y = NORM(b)", {"Add": 1}, (("a", "BatchNormalization the_y", AFTER_RESIDUAL),)
@@ -174,9 +177,25 @@ CASES = {
     "Add of itself": Case("a = CONV(x) y = Add(a, a)", refused=(("a", "Add the_y", USED_TWICE),)),
     "Add of a constant for each channel": Case(
         "a = CONV(x) y = Add(a, c)",
-        refused=(("a", "Add the_y", unequal("[1, 8, 1, 1]")),),
+        {"Add": 1},
         values={"c": per_channel(1, FILTERS, 1, 1)},
     ),
+    "shifts around a residual": Case(
+        "a = CONV(x) b = Sub(a, c) d = NORM(b) e = Add(c, d) f = Add(e, r) g = Sub(f, s) y = PRelu(g, c)",
+        {"Sub": 2, "BatchNormalization": 1, "Add": 2, "PRelu": 1},
+        values={"c": per_channel(FILTERS, 1, 1), "s": per_channel(1)},
+    ),
+    "shifts after an activation": Case(
+        "a = CONV(x) b = Relu(a) y = Sub(b, c)",
+        {"Relu": 1},
+        (("a", "Sub the_y", AFTER_ACTIVATION),),
+        values={"c": per_channel(FILTERS, 1, 1)},
+    ),
+    "Sub from a constant": Case(
+        "a = CONV(x) y = Sub(c, a)", refused=(("a", "Sub the_y", SUBTRAHEND),), values={"c": per_channel(1)}
+    ),
+    "Sub of what is computed": Case("a = CONV(x) y = Sub(a, r)", refused=(("a", "Sub the_y", COMPUTED),)),
+    "Sub of itself": Case("a = CONV(x) y = Sub(a, a)", refused=(("a", "Sub the_y", USED_TWICE),)),
     "Add of fewer dimensions": Case(
         "a = CONV(x) y = Add(a, c)",
         refused=(("a", "Add the_y", unequal("[8, 8]")),),

@@ -30,7 +30,7 @@ from siman_convert.layers import SiMaNConv2d
 from siman_convert.onnx_export import build_onnx
 from siman_convert.onnx_int8 import quantize_rest
 from siman_convert.onnx_int8_conv import Range, quantized_conv
-from siman_convert.onnx_int8_plan import Quantization, read_quantization
+from siman_convert.onnx_int8_plan import Followers, Quantization, followers, read_quantization
 from siman_convert.onnx_op import DOMAIN, OP_NAME, function_body
 from siman_convert.onnx_quantized_op import QUANTIZED_OP, quantized_body
 from siman_convert.plans import make_plan
@@ -156,10 +156,10 @@ both = pytest.mark.parametrize("which", ["small", "timm"])
 
 
 def test_what_becomes_of_which_node():
-    expected = Quantization(("side", "deep", "deeper"), ("deep",), {"wide": "2 groups"}, ("fc",), 140)
+    expected = Quantization(("side", "deep", "deeper"), ("deep",), (), {"wide": "2 groups"}, ("fc",), 140)
     assert quantize_rest(small_model(), small_batches())[1] == expected
     assert read_quantization(pair("small")[1].graph) == expected
-    assert read_quantization(small_model().graph) == Quantization((), (), {}, (), 0)
+    assert read_quantization(small_model().graph) == Quantization((), (), (), {}, (), 0)
     before, after = pair("timm")
     convs = [node.name for node in before.graph.node if node.op_type == "Conv"]
     assert len(convs) > 3
@@ -251,11 +251,13 @@ def test_nothing_else_of_the_graph_changes(which):
     assert list(after.graph.input) == list(before.graph.input)
     assert list(after.graph.output) == list(before.graph.output)
     plan = read_quantization(after.graph)
-    folded = {named(after, name).output[0] for name in plan.relus}
+    outputs = {value.name for value in before.graph.output}
+    behind = [followers(named(before, name), before.graph.node, outputs) for name in plan.convolutions]
+    folded = {node.output[0] for one in behind for node in (one.relu, one.pool) if node is not None}
     assert len(folded) == 1
     added = [node.name for node in after.graph.node if node.op_type in QDQ or node.name.startswith("wide_weight/")]
     kept = [node for node in after.graph.node if node.name not in added]
-    old = [node for node in before.graph.node if node.op_type != "Relu" or node.output[0] not in folded]
+    old = [node for node in before.graph.node if node.output[0] not in folded]
     assert [node.name for node in kept] == [node.name for node in old]
     assert not any(node.doc_string or node.metadata_props for node in after.graph.node)
     for one, other in zip(old, kept, strict=True):
@@ -309,6 +311,61 @@ def test_a_relu_is_folded_in_where_it_alone_reads_the_convolution(last, more, fo
     assert found.relus == (("a",) if folded else ())
     assert ("Relu" in [node.op_type for node in after.graph.node]) != folded
     assert {opset.domain: opset.version for opset in after.opset_import} == {"": 20, DOMAIN: 1}
+    np.testing.assert_allclose(run(after, images), run(model, images), atol=0.05)
+
+
+POOL = """<ir_version: 10, opset_import: ["" : 20]>
+g (float[N, 2, 9, 8] x) => (float[N, 2, A, B] y{more}) {{
+  a = Conv (x, w)
+  r = {behind} (a)
+  {pool}
+  {last}
+}}"""
+PLAIN = "p = MaxPool <kernel_shape = [3, 3], strides = [2, 1], pads = [1, 0, 1, 2]> (r)"
+
+
+@pytest.mark.parametrize(
+    ("behind", "pool", "last", "more", "folded"),
+    [
+        ("Relu", PLAIN, "y = Neg (p)", "", True),
+        ("Relu", "p = MaxPool <kernel_shape = [3, 2]> (r)", "y = Add (p, p)", "", True),
+        ("Relu", PLAIN.replace(">", ", ceil_mode = 0, dilations = [1, 1]>"), "y = Neg (p)", "", True),
+        ("Relu", PLAIN, "y = Add (p, p)", ", float[N, 2, 9, 8] r", False),
+        ("Relu", PLAIN, "q = ReduceMean (r)  y = Add (p, q)", "", False),
+        ("Neg", PLAIN, "y = Neg (p)", "", False),
+        ("Relu", PLAIN.replace(">", ", ceil_mode = 1>"), "y = Neg (p)", "", False),
+        ("Relu", PLAIN.replace(">", ", dilations = [1, 2]>"), "y = Neg (p)", "", False),
+        ("Relu", 'p = MaxPool <kernel_shape = [3, 3], auto_pad = "SAME_UPPER"> (r)', "y = Neg (p)", "", False),
+        ("Relu", PLAIN.replace("p =", "p, i ="), "y = Neg (p)", "", False),
+        ("Relu", PLAIN.replace("MaxPool", "AveragePool"), "y = Neg (p)", "", False),
+    ],
+)  # fmt: skip
+def test_a_pool_is_folded_in_where_it_alone_reads_what_is_before_it(behind, pool, last, more, folded):
+    model = parser.parse_model(POOL.format(behind=behind, pool=pool, last=last, more=more))
+    model.graph.node[0].name = "a"
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((2, 2, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    images = rng.standard_normal((4, 2, 9, 8)).astype(np.float32)
+    after, found = quantize_rest(model, [images])
+    onnx.checker.check_model(after, full_check=True)
+    assert found.pools == (("a",) if folded else ())
+    assert any("Pool" in node.op_type for node in after.graph.node) != folded
+    np.testing.assert_allclose(run(after, images), run(model, images), atol=0.05)
+
+
+def test_a_pool_without_a_relu_is_folded_in():
+    model = parser.parse_model(
+        CONV.format(last="y = Neg (r)", more="").replace("Relu", "MaxPool <kernel_shape = [1, 1]>")
+    )
+    model.graph.node[0].name = "a"
+    rng = np.random.default_rng(0)
+    weight = rng.standard_normal((2, 2, 1, 1)).astype(np.float32)
+    model.graph.initializer.append(numpy_helper.from_array(weight, "w"))
+    images = rng.standard_normal((4, 2, 6, 6)).astype(np.float32)
+    after, found = quantize_rest(model, [images])
+    assert (found.relus, found.pools) == ((), ("a",))
+    assert run(after, images).max() > 0.5  # negative values are kept
     np.testing.assert_allclose(run(after, images), run(model, images), atol=0.05)
 
 
@@ -576,7 +633,7 @@ def test_a_node_that_quantize_static_leaves_out_is_an_error(monkeypatch, left_ou
 
 
 def test_a_relu_that_is_not_folded_as_planned_is_an_error(monkeypatch):
-    monkeypatch.setattr(onnx_int8, "lone_relu", lambda *_: None)
+    monkeypatch.setattr(onnx_int8, "followers", lambda *_: Followers(None, None))
     with pytest.raises(SimanError, match=r"--int8: expected Quantization\(.*relus=\('deep',\).*got .*relus=\(\)"):
         quantize_rest(small_model(), small_batches())
 

@@ -14,12 +14,12 @@ import siman_convert
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "siman_convert"
 ORDER = [
-    "errors", "hub", "files", "binarize", "bits", "timm_convs", "layers", "environment", "recipe", "trace", "plans",
-    "surgery", "costs", "networks", "model_table", "data", "guards", "onnx_op", "onnx_quantized_op", "runtime", "metrics",
-    "models", "runs", "frozen", "description", "metadata", "packed", "onnx_fold", "onnx_file", "onnx_preprocess",
-    "onnx_int8_plan", "onnx_int8_conv", "onnx_int8", "onnx_export", "subjects", "backends", "watch", "calibrate", "objective",
-    "train", "evaluation", "operator_check", "verification", "prediction", "exporting", "benchmark", "inspection", "duration",
-    "trial", "preparation", "conversion", "cli",
+    "errors", "launch", "hub", "files", "pieces", "binarize", "bits", "timm_convs", "layers", "blocks", "environment", "recipe",
+    "trace", "topology", "plans", "surgery", "costs", "networks", "model_table", "data", "guards", "onnx_op",
+    "onnx_quantized_op", "runtime", "metrics", "models", "runs", "frozen", "description", "metadata", "packed", "onnx_fold",
+    "onnx_file", "onnx_preprocess", "onnx_int8_plan", "onnx_int8_conv", "onnx_int8", "onnx_export", "subjects", "backends",
+    "watch", "calibrate", "objective", "schedule", "train", "evaluation", "operator_check", "verification", "prediction",
+    "exporting", "benchmark", "inspection", "duration", "trial", "preparation", "conversion", "cli",
 ]  # fmt: skip
 
 

@@ -36,7 +36,7 @@ from siman_convert.packed import load, read_description, round_to_half, save_pac
 from siman_convert.plans import Plan, make_plan
 from siman_convert.surgery import apply_plan
 
-GOLDEN_FILE = "b39a49d6a7fe2704337319b5e1175d0f771d28ee0982910c3c2f6869fd3d374b"
+GOLDEN_FILE = "b99a7f911d288695f8e996d800e0c1d3001aaf17c47869fe9359fdfa8085000b"
 GOLDEN_TENSORS = "3f5680c226f22270ab9a31979ee90fa09c1c57aa733e12b2e5879b65090f2c45"
 CODES = {"float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "uint8": "U8"}
 Values = dict[str, Any]
@@ -627,10 +627,14 @@ TEXTS: dict[str, tuple[Callable[[str], dict[str, str]], str]] = {
     "NaN": (lambda text: {"siman": text.replace('"top1":61.25', '"top1":NaN')}, "cannot be written as JSON"),
     "surrogate": (lambda text: {"siman": text.replace("ab12", "\\ud800")}, "cannot be written as JSON in UTF-8"),
     "deep": (lambda _: {"siman": "[" * 100_000}, "metadata: not JSON"),
-    "a list": (lambda _: {"siman": "[]"}, "metadata: format: expected 1, found None"),
+    "an older format": (
+        lambda text: {"siman": text.replace('"format":2', '"format":1')},
+        "the file is of format 1, this siman reads 2 only: read it with the siman that wrote it",
+    ),
+    "a list": (lambda _: {"siman": "[]"}, "metadata: format: expected 2, found None"),
     "newer": (
-        lambda text: {"siman": text.replace('"format":1', '"format":2')},
-        "the file is of format 2, this siman reads up to 1: upgrade siman",
+        lambda text: {"siman": text.replace('"format":2', '"format":3')},
+        "the file is of format 3, this siman reads up to 2: upgrade siman",
     ),
 }  # fmt: skip
 
@@ -655,7 +659,7 @@ def test_metadata_are_json_and_come_back(metadata: Values, written: Path) -> Non
     assert from_metadata(json.loads(json.dumps(metadata)), "here") == read_description(written)
     names = "accuracy architecture arguments classes format half plan preprocess recipe_digest siman_version weights"
     assert sorted(metadata) == names.split()
-    assert (metadata["format"], metadata["arguments"]) == (1, {"num_classes": 10})
+    assert (metadata["format"], metadata["arguments"]) == (2, {"num_classes": 10})
 
 
 def test_whole_numbers_are_written_as_floating_point_ones(written: Path) -> None:
@@ -678,7 +682,7 @@ def test_a_missing_field_is_named(field: str, metadata: Values) -> None:
 
 
 WRONG: list[tuple[str, Any]] = [
-    ("format", "1"), ("format", True), ("format", 0), ("siman_version", 1), ("architecture", None), ("weights", 3),
+    ("format", "2"), ("format", True), ("format", 0), ("siman_version", 1), ("architecture", None), ("weights", 3),
     ("arguments", {"num_classes": "10"}), ("arguments", {"num_classes": 10, "x": 1}), ("arguments", []),
     ("classes", []), ("classes", "abcdefghij"), ("classes", list(range(10))), ("plan", None), ("plan", {}),
     ("preprocess", {}), ("preprocess", []), ("recipe_digest", ["ab"]), ("accuracy", 61.0), ("accuracy", {"top1": 1.0}),
@@ -724,7 +728,7 @@ def test_any_other_json_is_refused_or_comes_back(metadata: Values, data: st.Data
     place: Any = values
     while True:
         key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else range(len(place))))
-        if not isinstance(place[key], dict | list) or data.draw(st.booleans()):
+        if not place[key] or not isinstance(place[key], dict | list) or data.draw(st.booleans()):
             break
         place = place[key]
     place[key] = data.draw(JSON)

@@ -19,7 +19,15 @@ from siman_convert.recipe import (
 
 
 def test_shipped_recipes_are_valid_and_explained() -> None:
-    assert set(shipped_recipes()) == {"demo", "finetune", "paper-cifar10", "paper-imagenet", "post-training", "quick"}
+    assert set(shipped_recipes()) == {
+        "demo",
+        "finetune",
+        "paper-cifar10",
+        "paper-imagenet",
+        "post-training",
+        "quick",
+        "two-step",
+    }
     for name, summary in shipped_recipes().items():
         load_recipe(name)
         assert len(summary) > 30

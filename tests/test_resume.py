@@ -129,6 +129,27 @@ def test_output_is_one_line_an_epoch_when_not_a_terminal(digits: Path, tmp_path:
     assert len(lines) == 6
 
 
+def test_a_signal_within_an_evaluation_saves_what_was_trained(
+    digits: Path, tmp_path: Path, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the second of the 4 batches of the third evaluation, that of the first binary epoch."""
+    batches = itertools.count(1)
+
+    def evaluated(*_: object) -> None:
+        if next(batches) == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("siman_convert.cli.terminal.Terminal.evaluated", evaluated)
+        assert run_command(command(tmp_path, digits)[len(SIMAN) :]) == 130
+    assert next(batches) == 11  # it did not go on
+    run = Run(tmp_path / "run")
+    progress = run.progress()
+    assert (progress.phase, progress.epoch, progress.step, len(run.metrics())) == ("binary", 0, 10, 2)
+    resume(run)
+    assert outcome(run) == outcome(uninterrupted)
+
+
 class Killed(BaseException):
     """As if the process were gone."""
 

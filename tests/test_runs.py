@@ -11,6 +11,7 @@ from siman_convert.files import disk_errors, replacing, write_json, write_text
 from siman_convert.plans import ConvDecision, Plan
 from siman_convert.recipe import Recipe
 from siman_convert.runs import EVALUATED, Progress, Run, RunInfo, all_runs, find_run
+from siman_convert.topology import PLAIN
 
 INFO = RunInfo(
     model="resnet18",
@@ -28,7 +29,7 @@ DECISION = ConvDecision(
     name="conv1", binarize=True, reason="3x3", in_channels=8, out_channels=8, kernel_size=(3, 3), stride=(1, 1),
     padding=(1, 1), dilation=(1, 1), groups=1, bias=False, input_shape=(8, 4, 4), output_shape=(8, 4, 4), calls=1,
 )  # fmt: skip
-PLAN = Plan("resnet18", (3, 32, 32), (DECISION,))
+PLAN = Plan("resnet18", (3, 32, 32), (DECISION,), PLAIN)
 
 
 def make_run(output: Path, name: str = "a") -> Run:
@@ -120,7 +121,8 @@ def test_a_kill_between_commit_and_publication_is_mended(tmp_path: Path) -> None
         ("run.json", "{", "not valid JSON"),
         ("run.json", "[]", "not a run of format"),
         ("run.json", json.dumps({"format": 99}), "written by a newer siman"),
-        ("run.json", json.dumps({"format": 1, "classes": []}), "malformed"),
+        ("run.json", json.dumps({"format": 1}), "written by an older siman"),
+        ("run.json", json.dumps({"format": 2, "classes": []}), "malformed"),
         ("run.json", "[" * 100_000, "not valid JSON"),
         ("recipe.yaml", "nonsense: 1", "unknown field 'nonsense'"),
         ("plan.json", "{}", "plan: "),

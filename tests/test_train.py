@@ -12,7 +12,8 @@ from siman_convert.errors import InputError
 from siman_convert.layers import SiMaNConv2d
 from siman_convert.metrics import evaluate_model
 from siman_convert.recipe import Recipe
-from siman_convert.train import _schedule, _trainable_batches, make_optimizer, parameter_groups
+from siman_convert.schedule import make_optimizer, make_schedule, parameter_groups
+from siman_convert.train import _trainable_batches
 from siman_convert.watch import Meter
 
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_optimizers(opt: str, kind: type) -> None:
 
 def rates(recipe: Recipe, epochs: int, steps: int) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.lr)
-    schedule = _schedule(optimizer, recipe, epochs, steps)
+    schedule = make_schedule(optimizer, recipe, epochs, steps)
     found = []
     for update in range(epochs * steps):
         if recipe.sched_on_updates:

@@ -328,7 +328,12 @@ def change_the_second_function(old: str, new: str) -> Callable[[onnx.ModelProto]
     def change(model: onnx.ModelProto) -> None:
         text = onnx.printer.to_text(model.functions[1])
         assert text.count(old) == 1, text
-        model.functions[1].CopyFrom(onnx.parser.parse_function(text.replace(old, new)))
+        changed, defaults = onnx.parser.parse_function(text.replace(old, new)), model.functions[1].attribute_proto
+        required = [name for name in changed.attribute if name not in {default.name for default in defaults}]
+        del changed.attribute[:], changed.attribute_proto[:]  # the text has no default values
+        changed.attribute.extend(required)
+        changed.attribute_proto.extend(defaults)
+        model.functions[1].CopyFrom(changed)
 
     return change
 

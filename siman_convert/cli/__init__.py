@@ -11,6 +11,7 @@ import typer
 
 from siman_convert.cli import bench, convert, evaluate, export, inspect, models, predict, recipes, runs, verify
 from siman_convert.errors import SimanError
+from siman_convert.launch import fails_first
 
 HELP = """Turn a timm CNN into a binary neural network, and export one small file.
 
@@ -91,5 +92,6 @@ def run(arguments: list[str]) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"siman: {' '.join(message.split())}", file=sys.stderr)
+    if fails_first():
+        print(f"siman: {' '.join(message.split())}", file=sys.stderr, flush=True)
     return code

@@ -1,15 +1,16 @@
 """`siman convert`: the flags, and the two ways to start: a new run, or `--resume`."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from siman_convert import launch
 from siman_convert.cli.common import RUNS, Device, Json, Output, Workers, megabytes, percent, print_json
 
 if TYPE_CHECKING:
-    from siman_convert.cli.terminal import Terminal
     from siman_convert.conversion import Result
     from siman_convert.runs import Run
 
@@ -55,16 +56,19 @@ def convert(
     dry_run: Annotated[bool, _option("--dry-run", panel=START, help="Check everything, write nothing.")] = False,
     epochs: Annotated[int | None, _option(help="Binary epochs; 0: post-training mode.")] = None,
     fp_epochs: Annotated[int | None, _option(help="Full-precision epochs before the conversion.")] = None,
-    batch_size: Annotated[int | None, _option("-b", "--batch-size", help="Images at a time.")] = None,
+    batch_size: Annotated[int | None, _option("-b", "--batch-size", help="Images at a time, in each process.")] = None,
     grad_accum_steps: Annotated[int | None, _option(help="Batches per optimizer step.")] = None,
     opt: Annotated[str | None, _option(help="sgd or adamw.")] = None,
-    lr: Annotated[float | None, _option(help="Learning rate.")] = None,
+    lr: Annotated[
+        float | None, _option(help="Learning rate; it is not scaled by the number of images or processes.")
+    ] = None,
     fp_lr: Annotated[float | None, _option(help="Learning rate of the full-precision epochs.")] = None,
     momentum: Annotated[float | None, _option(help="Of sgd.")] = None,
     weight_decay: Annotated[float | None, _option(help="Never applied to binary layers.")] = None,
     warmup_epochs: Annotated[int | None, _option(help="Epochs of rising learning rate.")] = None,
     distill_weight: Annotated[float | None, _option(help="Weight of the teacher's answers; 0: off.")] = None,
     distill_temperature: Annotated[float | None, _option(help="Divides teacher's and student's logits.")] = None,
+    feature_weight: Annotated[float | None, _option(help="Weight of where the teacher looks; 0: off.")] = None,
     label_weight: Annotated[float | None, _option(help="Weight of the labels beside a teacher.")] = None,
     teacher: Annotated[
         str | None, _option(help="NAME (timm's pretrained) or NAME=FILE; without it: the model before conversion.")
@@ -78,9 +82,22 @@ def convert(
     amp: Annotated[bool | None, _option("--amp/--no-amp", help="Mixed precision.")] = None,
     amp_dtype: Annotated[str | None, _option(help="bfloat16 or float16.")] = None,
     channels_last: Annotated[bool | None, _option("--channels-last/--no-channels-last", help="Memory format.")] = None,
+    sync_bn: Annotated[
+        bool | None, _option("--sync-bn/--no-sync-bn", help="BatchNorm over all processes' images, on GPUs.")
+    ] = None,
     seed: Annotated[int | None, _option(help="Of everything random.")] = None,
     init: Annotated[str | None, _option(help="remap, copy or scratch: what latent weights start as.")] = None,
     binarizer: Annotated[str | None, _option(help="half, analytic or sign: how weights become bits.")] = None,
+    shortcuts: Annotated[
+        bool | None,
+        _option("--shortcuts/--no-shortcuts", help="Identity around binary convolutions where shapes allow."),
+    ] = None,
+    prelu: Annotated[
+        bool | None, _option("--prelu/--no-prelu", help="PReLU for ReLU behind binary convolutions.")
+    ] = None,
+    shifts: Annotated[
+        bool | None, _option("--shifts/--no-shifts", help="Learned thresholds and shifts around PReLU; needs --prelu.")
+    ] = None,
     keep: Annotated[list[str], _option(help="Glob of convolutions to keep in full precision.")] = [],
     binarize: Annotated[list[str], _option(help="Glob of convolutions to binarize all the same.")] = [],
     img_size: Annotated[int | None, _option(panel=DATA, help="Input height and width.")] = None,
@@ -127,7 +144,7 @@ def convert(
     from siman_convert.runs import find_run
 
     options = Options(output, experiment, device, workers, save_every, dry_run)
-    with Terminal(quiet=as_json) as terminal:
+    with Terminal(quiet=as_json, silent=not launch.is_main()) as terminal:
         try:
             if resume is None:
                 assert model is not None
@@ -144,7 +161,10 @@ def convert(
                 _refuse_changes(run, named, recipe, overrides)
                 result = go_on(run, options=options, watcher=terminal)
         except Interrupted as error:
-            raise Interrupted(f"{error}; go on with: {_again(terminal, device, workers, save_every)}") from None
+            raise Interrupted(f"{error}; {_again(error.run, device, workers, save_every)}") from None
+    launch.leave()
+    if not launch.is_main():
+        return
     if as_json:
         print_json({"dry_run": True} if result is None else {**vars(result), "run": str(result.run)})
     elif result is None:
@@ -153,13 +173,14 @@ def convert(
         _print_result(result)
 
 
-def _again(terminal: "Terminal", device: str, workers: int, save_every: float | None) -> str:
+def _again(run: Path | None, device: str, workers: int, save_every: float | None) -> str:
     """The command that goes on, with the flags that are not part of the run."""
-    command = terminal.resume_command()
-    if command is None:
-        return "the same command"
+    if run is None:
+        return "go on with: the same command"
+    start = "go on, under the same launcher, with: -m siman_convert" if launch.processes() > 1 else "go on with: siman"
     flags = [("--device", device, "auto"), ("-j", workers, 0), ("--save-every", save_every, None)]
-    return " ".join([command, *(f"{flag} {value}" for flag, value, usual in flags if value != usual)])
+    values = [f"{flag} {value}" for flag, value, usual in flags if value != usual]
+    return " ".join([start, "convert --resume", shlex.quote(str(run)), *values])
 
 
 def _require_weights_in_reach(model: str, data: str | None) -> None:

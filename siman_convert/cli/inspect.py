@@ -13,6 +13,9 @@ def inspect(
     model: Annotated[str, typer.Argument(metavar="MODEL|RUN|FILE", help="A timm model, a run, or an exported file.")],
     keep: Annotated[list[str], typer.Option(help="Glob of convolutions to keep in full precision.")] = [],
     binarize: Annotated[list[str], typer.Option(help="Glob of convolutions to binarize all the same.")] = [],
+    shortcuts: Annotated[bool, typer.Option("--shortcuts", help="As of convert.")] = False,
+    prelu: Annotated[bool, typer.Option("--prelu", help="As of convert.")] = False,
+    shifts: Annotated[bool, typer.Option("--shifts", help="As of convert.")] = False,
     num_classes: Annotated[int | None, typer.Option(min=1, help="Classes; default: the model's.")] = None,
     output: Output = RUNS,
     as_json: Json = False,
@@ -22,24 +25,26 @@ def inspect(
 
     from siman_convert.cli.int8_text import quantization_lines
     from siman_convert.cli.plan_table import inspect_record, render_plan
+    from siman_convert.cli.topology_text import topology_lines
     from siman_convert.errors import InputError
     from siman_convert.inspection import inspect_file, inspect_model, inspect_run
     from siman_convert.subjects import is_file
 
     run = next((path for path in (Path(model), output / model) if (path / "run.json").is_file()), None)
     planned = run is not None or is_file(model)
-    if planned and (keep or binarize or num_classes):
-        raise InputError(f"{model} has its plan already; --keep, --binarize and --num-classes are for models")
+    if planned and (keep or binarize or num_classes or shortcuts or prelu or shifts):
+        raise InputError(f"{model} has its plan already; --keep, --num-classes and the other options are for models")
     quantization = None
     if run is not None:
         plan, costs = inspect_run(run)
     elif is_file(model):
         plan, costs, quantization = inspect_file(Path(model))
     else:
-        plan, costs = inspect_model(model, num_classes, keep=keep, binarize=binarize)
+        wishes = {"shortcuts": shortcuts, "prelu": prelu, "shifts": shifts}
+        plan, costs = inspect_model(model, num_classes, keep=keep, binarize=binarize, **wishes)
     if as_json:
         print_json(inspect_record(plan, costs) | {"int8": asdict(quantization) if quantization else None})
     else:
         render_plan(Console(), plan, costs)
-        for line in quantization_lines(quantization) if quantization else ():
+        for line in (*topology_lines(plan.topology), *(quantization_lines(quantization) if quantization else ())):
             print(line)

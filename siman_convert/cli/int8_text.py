@@ -11,7 +11,8 @@ def quantization_lines(found: Quantization) -> Iterator[str]:
     """One line for what there is, one for every convolution that computes in float32 all the same."""
     parts = [_count(len(found.convolutions), "8-bit convolution")] if found.convolutions else []
     if found.relus:
-        parts[0] += f", {_count(len(found.relus), 'Relu')} folded in"
+        pools = f" and {_count(len(found.pools), 'MaxPool')}" if found.pools else ""
+        parts[0] += f", {_count(len(found.relus), 'Relu')}{pools} folded in"
     if found.classifiers:
         parts.append(_count(len(found.classifiers), "8-bit classifier"))
     if found.weights_only:

@@ -52,6 +52,7 @@ def inspect_record(plan: Plan, costs: Costs) -> dict[str, Any]:
             "float_macs_share": costs.float_macs_share,
             "float_bytes_share": costs.float_bytes_share,
         },
+        "topology": plan.to_dict()["topology"],
         "layers": [_layer_record(row) for row in costs.rows],
     }
 

@@ -8,7 +8,14 @@ from siman_convert.cli.common import RUNS, Json, Output, megabytes, percent, pri
 def runs(output: Output = RUNS, as_json: Json = False) -> None:
     """List the runs in a folder, oldest first."""
     from siman_convert.errors import InputError
-    from siman_convert.runs import Run, all_runs
+    from siman_convert.recipe import Recipe
+    from siman_convert.runs import Progress, Run, all_runs
+
+    def epochs_of(progress: Progress, recipe: Recipe) -> dict[str, int]:
+        if progress.phase == "full-precision":
+            return {"epochs_done": progress.epoch, "epochs": recipe.fp_epochs}
+        before = recipe.resolved_stages[progress.stage].before
+        return {"epochs_done": before + progress.epoch, "epochs": recipe.binary_epochs}
 
     def describe(run: Run) -> dict[str, Any]:
         try:
@@ -20,8 +27,7 @@ def runs(output: Output = RUNS, as_json: Json = False) -> None:
             "model": info.model,
             "data": info.data_name,
             "phase": progress.phase,
-            "epochs_done": progress.epoch,
-            "epochs": recipe.epochs if progress.phase == "binary" else recipe.fp_epochs,
+            **epochs_of(progress, recipe),
             "finished": progress.finished(recipe),
             "full_precision_top1": progress.top1("full-precision"),
             "best_top1": progress.best_top1,

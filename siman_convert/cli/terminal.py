@@ -1,9 +1,9 @@
 """What a person sees of a running conversion: numbered checks, progress bars, one line an epoch.
 
-Bars are drawn on a terminal only. With `quiet` (--json) everything goes to stderr, so that stdout holds one document.
+Bars are drawn on a terminal only. With `quiet` (--json) everything goes to stderr, so that stdout holds one document. `silent`
+prints nothing at all: of several processes one speaks.
 """
 
-import shlex
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,8 +20,8 @@ STEPS = 5  # of the check before training
 class Terminal(Watcher):
     """A Watcher that prints; a context manager, since progress bars have to be taken down."""
 
-    def __init__(self, quiet: bool = False) -> None:
-        self._console = Console(stderr=quiet, highlight=False, soft_wrap=True)
+    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
+        self._console = Console(stderr=quiet, quiet=silent, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -30,10 +30,9 @@ class Terminal(Watcher):
             TextColumn("{task.fields[figures]}"),
             console=self._console,
             transient=True,
-            disable=not self._console.is_terminal,
+            disable=silent or not self._console.is_terminal,
         )
         self._task: TaskID | None = None
-        self._folder: Path | None = None
 
     def __enter__(self) -> "Terminal":
         self._bar.start()
@@ -48,17 +47,12 @@ class Terminal(Watcher):
         """One line, as it is."""
         self._console.print(escape(text))
 
-    def resume_command(self) -> str | None:
-        """What to type to go on with this run; None before there is one."""
-        return f"siman convert --resume {shlex.quote(str(self._folder))}" if self._folder else None
-
     def stage(self, number: int, title: str, text: str) -> None:
         """One of the numbered checks."""
         self._console.print(f"[dim]{number}/{STEPS}[/] [bold]{title:<11}[/] {escape(text)}")
 
     def start_run(self, folder: Path) -> None:
         """Training starts, in this folder."""
-        self._folder = folder
         self.say(f"run {folder}")
 
     def start_epoch(self, phase: str, epoch: int, epochs: int, steps: int, done: int) -> None:
@@ -80,9 +74,9 @@ class Terminal(Watcher):
             self._bar.advance(self._task, images)
 
     def end_epoch(self, record: dict[str, Any], epochs: int) -> None:
-        """The line of an epoch; epoch 0 is the state before its phase trained anything."""
+        """The line of an epoch; what was not trained in an epoch is the state that a phase starts from."""
         self._drop_bar()
-        stage = f"{record['epoch']}/{epochs}" if record["epoch"] else "untrained"
+        stage = f"{record['epoch']}/{epochs}" if "train_loss" in record else "untrained"
         name = f"{record['phase']} {'re-estimated' if record.get('re_estimated') else stage}"
         trained = f"train loss {record['train_loss']:.3f}  lr {record['lr']:.2g}  " if "train_loss" in record else ""
         seconds = record.get("train_seconds", 0.0) + record["eval_seconds"]

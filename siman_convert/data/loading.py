@@ -9,6 +9,7 @@ timm's own order and sharding: the same batches for the same number of workers a
 from __future__ import annotations
 
 import math
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -60,11 +61,12 @@ def train_loader(
     """Batches `start_batch`.. of this rank's part of the epoch, in shuffled order; the last one may be short.
 
     The permutation is padded from its own beginning so that all ranks get equally many samples. An unreadable image
-    is replaced by the next readable one in index order and reported in `bad`; 100 in a row are an InputError.
+    is replaced by the next readable one in index order and reported in `bad`; 100 in a row are an InputError. So is a stream
+    that ends early.
     """
     _require_at_least_one(batch_size=batch_size, world=world)
     if isinstance(split, StreamSplit):
-        samples = split.open(seed=mix(seed, epoch), batch_size=batch_size, workers=workers)
+        samples = split.open(seed=mix(seed, epoch), batch_size=batch_size, workers=workers, rank=rank, world=world)
         return StreamLoader(
             StreamSet(samples, transform, mix(seed, epoch, rank)),
             start=start_batch,
@@ -94,12 +96,12 @@ def eval_loader(
     """Samples rank, rank + world, rank + 2 world, ... in this order, each once over all ranks, without padding.
 
     Ranks may have different numbers of batches. An unreadable image is left out and reported in `bad`; a batch of
-    nothing else is empty, of shape (0, C, H, W).
+    nothing else is empty, of shape (0, C, H, W). Of a stream every rank reads all samples, and takes every `world`-th.
     """
     _require_at_least_one(batch_size=batch_size, world=world)
     options = _options(workers, pin_memory, 0)
     if isinstance(split, StreamSplit):
-        stream = StreamSet(split.open(batch_size=batch_size, workers=workers), transform, None)
+        stream = StreamSet(split.open(batch_size=batch_size, workers=workers), transform, None, rank, world)
         stop = batches_per_epoch(split, batch_size, world)
         return StreamLoader(
             stream, start=0, stop=stop, exact=False, batch_size=batch_size, collate_fn=_stack, **options
@@ -247,10 +249,13 @@ def _options(workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
 
 
 def _start_worker(_: int) -> None:
-    """Ctrl-C reaches the whole process group: the parent alone answers it and ends its workers.
+    """Ctrl-C and torchrun's signals reach the whole process group: the parent alone answers them and ends its workers.
 
-    SIGTERM keeps its default here (a parent's handler was inherited): it is how the parent ends a worker.
+    SIGTERM keeps its default here (a parent's handler was inherited): it is how the parent ends a worker. In a group of its own
+    a worker gets it from nobody else.
     """
+    if hasattr(os, "setpgid"):
+        os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)

@@ -81,8 +81,8 @@ class StreamSplit:
     """A split without random access (wds, tfds, hfids) and its declared sample count.
 
     `make(seed)` opens a fresh timm IterableImageDataset. A fresh one for each pass: timm's readers keep their place in
-    the shuffle, and the number of workers they first ran with. They shard over ranks and workers by themselves (from
-    torch.distributed and the worker's number) and skip images they cannot read without telling.
+    the shuffle, and the number of workers they first ran with. They shard over ranks and workers by themselves and skip
+    images they cannot read without telling.
     """
 
     name: str
@@ -92,13 +92,17 @@ class StreamSplit:
     def __len__(self) -> int:
         return self.samples
 
-    def open(self, *, seed: int = 0, batch_size: int = 1, workers: int = 0) -> Iterable[tuple[Image.Image, int]]:
+    def open(
+        self, *, seed: int = 0, batch_size: int = 1, workers: int = 0, rank: int = 0, world: int = 1
+    ) -> Iterable[tuple[Image.Image, int]]:
         """The samples of one pass, shuffled by `seed` if it is a train split; to be iterated in the loader's workers.
 
-        timm's reader must know the loader's shape: it rounds a training pass up to full batches of each worker.
+        timm's reader must know the loader's shape: it rounds a training pass up to full batches of each worker. With a `world`
+        above 1 it repeats and leaves out samples to give each rank equally many, which is for training alone.
         """
         dataset = self.make(seed & 0x7FFFFFFF)
         dataset.reader.batch_size = batch_size
+        dataset.reader.dist_rank, dataset.reader.dist_num_replicas = rank, world
         dataset.set_loader_cfg(num_workers=workers)
         opened: Iterable[tuple[Image.Image, int]] = dataset
         return opened

@@ -38,6 +38,8 @@ const char* const kMessages[] = {
     "W must be in -127..127",
     "x_scale must be finite and greater than 0",
     "x_zero_point must be in 0..255",
+    "pool_kernel and pool_strides must be in 1..2147483647, pool_pads from 0 and below pool_kernel",
+    "the pool is larger than the padded image that it reads",
     "out of memory",
 };
 static_assert(sizeof(kMessages) / sizeof(kMessages[0]) == SIMAN_NO_MEMORY + 1);
@@ -89,17 +91,18 @@ siman_status siman_create(const siman_geometry* geometry, const uint8_t* weights
 
 siman_status siman_create_quantized(const siman_geometry* geometry, const int8_t* weights, const float* scale,
                                     const float* bias, const float* slope, float x_scale, int32_t x_zero_point,
-                                    const char* variant, siman_conv** conv) try {
+                                    const siman_pool* pool, const char* variant, siman_conv** conv) try {
   if (!geometry || !conv) return SIMAN_NULL_ARGUMENT;
   const siman::Variant* chosen = nullptr;
   siman_status status = siman::check_quantized_geometry(*geometry);
   if (status == SIMAN_OK && (!weights || !scale || !bias || !slope)) status = SIMAN_NULL_ARGUMENT;
   if (status == SIMAN_OK) status = siman::check_quantized_weights(*geometry, weights);
   if (status == SIMAN_OK) status = siman::check_steps(x_scale, x_zero_point);
+  if (status == SIMAN_OK && pool) status = siman::check_pool(*pool);
   if (status == SIMAN_OK) status = choose(variant, &chosen);
   if (status != SIMAN_OK) return status;
-  *conv = new siman_conv{
-      std::make_unique<siman::QuantizedConv>(*geometry, weights, scale, bias, slope, x_scale, x_zero_point, *chosen)};
+  *conv = new siman_conv{std::make_unique<siman::QuantizedConv>(*geometry, weights, scale, bias, slope, x_scale,
+                                                                x_zero_point, pool ? *pool : siman::kNoPool, *chosen)};
   return SIMAN_OK;
 } catch (const std::bad_alloc&) {
   return SIMAN_NO_MEMORY;

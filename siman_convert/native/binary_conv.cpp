@@ -94,7 +94,7 @@ void BinaryConv::pack(const Job& job) const {
 void BinaryConv::describe(const Job& job, const Block& block, ConvTask& task) const {
   const Geometry& g = geometry_;
   const auto axis = [&](int i) {
-    return Axis{job.run.image[2 + i], job.output[2 + i], g.kernel[i], g.strides[i], g.pads[i], g.dilations[i]};
+    return Axis{job.run.image[2 + i], job.convolved[i], g.kernel[i], g.strides[i], g.pads[i], g.dilations[i]};
   };
   task.rows = axis(0);
   task.columns = axis(1);

@@ -1,12 +1,15 @@
 #include "conv.h"
 
+#include <atomic>
 #include <cstring>
 
 namespace siman {
 namespace {
 
-constexpr size_t kWaveBytes =
-    size_t{4} << 20;  // of input that is taken through the phases together, to stay in the cache
+// Of input that is taken through the phases together, to stay in the cache.
+constexpr size_t kWaveBytes = size_t{1} << 20;
+// Of X, Y and residual of a whole batch: of more, Y has left the cache since the last operator had its memory.
+constexpr size_t kCacheBytes = size_t{8} << 20;
 
 // On the boundary of a cache line: no vector of weights should straddle two.
 Bytes uninitialised_bytes(size_t size) {
@@ -64,12 +67,15 @@ void Conv::make_blocks() {
 }
 
 Status Conv::run(const Run& run, const Pool& pool) const {
-  Job job{run, pool, {}, 0, 0, 0, 0, 0, nullptr};
-  const Status status = output_shape(run.image, job.output);
+  Job job{run, pool, {}, {}, 0, 0, 0, false, 0, 0, nullptr};
+  const Status status = sizes(run.image, job.convolved, job.output);
   if (status != SIMAN_OK || run.image[0] == 0) return status;
   job.plane = static_cast<size_t>(run.image[2] * run.image[3]);
   job.sample = job.plane * static_cast<size_t>(run.image[1]);
   job.group_bytes = packed_bytes(job);
+  const auto y = static_cast<size_t>(job.output[0] * job.output[1] * job.output[2] * job.output[3]);
+  const size_t x = static_cast<size_t>(run.image[0]) * job.sample;
+  job.fetch_y = (x + (run.residual_is_full ? 2 * y : y)) * sizeof(float) > kCacheBytes;
   const auto in_cache = static_cast<int64_t>(kWaveBytes / (job.sample * sizeof(float)));
   const int64_t wave = std::clamp(in_cache, int64_t{1}, run.image[0]);
   job.packed = uninitialised_bytes(static_cast<size_t>(wave * geometry_.group) * job.group_bytes);
@@ -81,12 +87,26 @@ Status Conv::run(const Run& run, const Pool& pool) const {
   return SIMAN_OK;
 }
 
+bool Conv::pools() const {
+  return std::max({pool_.kernel[0], pool_.kernel[1], pool_.strides[0], pool_.strides[1]}) > 1;
+}
+
+// Rows of Y go into as many bands. The rows of the convolution that two windows of a pool share are computed in both
+// of their bands: bands of four times the work make that little.
+int64_t Conv::count_bands(const Job& job) const {
+  const int64_t convolved = job.convolved[0], lanes = kernel_.lanes * kernel_.vectors;
+  const int64_t row_macs = job.convolved[1] * lanes * geometry_.channels;  // < 2^62: columns*channels is bounded by X
+  const int64_t taps = geometry_.kernel[0] * geometry_.kernel[1], macs = pools() ? 4 * task_macs_ : task_macs_;
+  const int64_t rows = std::clamp(macs / std::max(row_macs, int64_t{1}) / taps, int64_t{1}, convolved);
+  return std::min((convolved + rows - 1) / rows, job.output[2]);
+}
+
 void Conv::convolve_samples(const Job& job) const {
-  const int64_t out_h = job.output[2], lanes = kernel_.lanes * kernel_.vectors;
-  const int64_t row_macs = job.output[3] * lanes * geometry_.channels;  // < 2^62, as out_w*channels is bounded by X
-  const int64_t taps = geometry_.kernel[0] * geometry_.kernel[1];
-  const int64_t rows = std::clamp(task_macs_ / std::max(row_macs, int64_t{1}) / taps, int64_t{1}, out_h);
-  const int64_t bands = (out_h + rows - 1) / rows;
+  const int64_t out_h = job.output[2], bands = count_bands(job);
+  const int64_t kept_rows = std::min(pool_.kernel[0], job.convolved[0]);
+  const size_t kept_bytes =
+      pools() ? static_cast<size_t>(kept_rows * job.convolved[1] * kernel_.lanes * kernel_.vectors) * sizeof(float) : 0;
+  std::atomic<bool> no_memory = false;  // an exception cannot leave a task
   const size_t per_sample = block_count_ * static_cast<size_t>(bands);
   for_each(job.pool, per_sample * static_cast<size_t>(job.samples), [&](size_t i) {
     const auto sample = static_cast<int64_t>(i / per_sample);
@@ -94,8 +114,16 @@ void Conv::convolve_samples(const Job& job) const {
     ConvTask task = task_for(job, sample, blocks_[i % per_sample / static_cast<size_t>(bands)]);
     task.row_begin = band * out_h / bands;
     task.row_end = (band + 1) * out_h / bands;
+    Bytes kept;
+    if (kept_bytes) {
+      kept.reset(static_cast<uint8_t*>(::operator new (kept_bytes, std::align_val_t{64}, std::nothrow)));
+      if (!kept) return no_memory.store(true);
+      task.kept = reinterpret_cast<float*>(kept.get());
+      task.kept_rows = kept_rows;
+    }
     kernel_.convolve(task);
   });
+  if (no_memory) throw std::bad_alloc();
 }
 
 ConvTask Conv::task_for(const Job& job, int64_t sample, const Block& block) const {
@@ -115,6 +143,12 @@ ConvTask Conv::task_for(const Job& job, int64_t sample, const Block& block) cons
   task.residual_is_full = job.run.residual_is_full;
   task.residual = job.run.residual + (job.run.residual_is_full ? y : 0);
   task.y = job.run.y + y;
+  task.fetch_y = job.fetch_y && !pools();
+  const auto axis = [&](int i) {
+    return Axis{job.convolved[i], job.output[2 + i], pool_.kernel[i], pool_.strides[i], pool_.pads[i], 1};
+  };
+  task.pool_rows = axis(0);
+  task.pool_columns = axis(1);
   describe(job, block, task);
   return task;
 }

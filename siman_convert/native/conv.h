@@ -18,6 +18,8 @@ constexpr int64_t kMaxElements = 2147483647;  // of X, W and Y, and the largest 
 constexpr int64_t kMaxTaps = 1 << 24;         // channels*kH*kW: integers up to here are exact in float32
 constexpr int64_t kMaxQuantizedTaps = 518;    // 518*255*127 < 2^24
 
+constexpr siman_pool kNoPool{{1, 1}, {1, 1}, {0, 0, 0, 0}};
+
 // The pool of the caller; without a function all is done in order on this thread.
 struct Pool {
   siman_parallel_for parallel_for;
@@ -79,9 +81,11 @@ class Conv {
   struct Job {
     const Run& run;
     const Pool& pool;
+    int64_t convolved[2];  // rows and columns of the convolution; those of Y where there is no max pool
     int64_t output[4];
     size_t plane, sample;            // floats of X
     size_t group_bytes;              // of one packed group of one sample
+    bool fetch_y;                    // see ConvTask
     int64_t first = 0, samples = 0;  // of X: those that go through the phases together
     Bytes packed;                    // [sample][group][group_bytes]
 
@@ -104,11 +108,15 @@ class Conv {
   virtual void describe(const Job& job, const Block& block, ConvTask& task) const = 0;  // what only it knows
 
   Geometry geometry_;
+  siman_pool pool_ = kNoPool;
   size_t slots_ = 0;  // filters of all blocks with those that fill up vectors
   size_t pixel_bytes_ = 0;
 
  private:
   void make_blocks();
+  Status sizes(const int64_t image[4], int64_t convolved[2], int64_t output[4]) const;
+  bool pools() const;
+  int64_t count_bands(const Job& job) const;
   void convolve_samples(const Job& job) const;
   ConvTask task_for(const Job& job, int64_t sample, const Block& block) const;
 

@@ -24,6 +24,12 @@ bool product_within(std::initializer_list<int64_t> values, int64_t limit) {
   return true;
 }
 
+// Of X or Y; also of one plane, where the batch is 0.
+bool elements_within(const int64_t* shape) {
+  return product_within({shape[0], shape[1], shape[2], shape[3]}, kMaxElements) &&
+         product_within({shape[2], shape[3]}, kMaxElements);
+}
+
 // Output positions of one axis; 0 where the dilated kernel does not fit.
 int64_t positions(int64_t in, int64_t before, int64_t after, int64_t kernel, int64_t dilation, int64_t stride) {
   const int64_t room = before + in + after - dilation * (kernel - 1) - 1;
@@ -74,19 +80,34 @@ Status check_steps(float x_scale, int32_t x_zero_point) {
   return x_zero_point >= 0 && x_zero_point <= 255 ? SIMAN_OK : SIMAN_BAD_X_ZERO_POINT;
 }
 
+// Pads below the kernel's sides: each window then has something of the image in it.
+Status check_pool(const siman_pool& p) {
+  if (!all_within({p.kernel[0], p.kernel[1], p.strides[0], p.strides[1]}, 1)) return SIMAN_BAD_POOL;
+  for (int i = 0; i < 4; ++i)
+    if (p.pads[i] < 0 || p.pads[i] >= p.kernel[i % 2]) return SIMAN_BAD_POOL;
+  return SIMAN_OK;
+}
+
 Status Conv::output_shape(const int64_t image[4], int64_t output[4]) const {
+  int64_t convolved[2];
+  return sizes(image, convolved, output);
+}
+
+Status Conv::sizes(const int64_t image[4], int64_t convolved[2], int64_t output[4]) const {
   const Geometry& g = geometry_;
   if (!all_within({image[0]}, 0) || !all_within({image[2], image[3]}, 1) || image[1] != g.channels * g.group)
     return SIMAN_BAD_IMAGE;
   output[0] = image[0];
   output[1] = g.filters;
   for (int i = 0; i < 2; ++i)
-    output[2 + i] = positions(image[2 + i], g.pads[i], g.pads[2 + i], g.kernel[i], g.dilations[i], g.strides[i]);
-  if (output[2] < 1 || output[3] < 1) return SIMAN_KERNEL_LARGER_THAN_IMAGE;
-  const bool fits = product_within({image[0], image[1], image[2], image[3]}, kMaxElements) &&
-                    product_within({output[2], output[3]}, kMaxElements) &&
-                    product_within({output[0], output[1], output[2], output[3]}, kMaxElements);
-  return fits ? SIMAN_OK : SIMAN_TOO_MANY_ELEMENTS;
+    convolved[i] = positions(image[2 + i], g.pads[i], g.pads[2 + i], g.kernel[i], g.dilations[i], g.strides[i]);
+  if (convolved[0] < 1 || convolved[1] < 1) return SIMAN_KERNEL_LARGER_THAN_IMAGE;
+  const int64_t values[] = {output[0], output[1], convolved[0], convolved[1]};
+  if (!elements_within(image) || !elements_within(values)) return SIMAN_TOO_MANY_ELEMENTS;
+  for (int i = 0; i < 2; ++i)
+    output[2 + i] = positions(convolved[i], pool_.pads[i], pool_.pads[2 + i], pool_.kernel[i], 1, pool_.strides[i]);
+  if (output[2] < 1 || output[3] < 1) return SIMAN_POOL_LARGER_THAN_IMAGE;
+  return elements_within(output) ? SIMAN_OK : SIMAN_TOO_MANY_ELEMENTS;
 }
 
 }  // namespace siman

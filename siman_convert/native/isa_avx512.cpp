@@ -29,6 +29,7 @@ struct SixteenFloats {
   static Vec set(float x) { return _mm512_set1_ps(x); }
   static Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static Vec larger(Vec v, Vec m) { return _mm512_maskz_max_ps(0xFFFF, v, m); }
   static Vec prelu(Vec v, Vec slope) {
     return _mm512_mask_mul_ps(v, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGE_UQ), slope, v);
   }

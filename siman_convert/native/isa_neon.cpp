@@ -36,6 +36,7 @@ struct FourFloats {
   static Vec set(float x) { return vdupq_n_f32(x); }
   static Vec mul(Vec a, Vec b) { return vmulq_f32(a, b); }
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
+  static Vec larger(Vec v, Vec m) { return vbslq_f32(vcgtq_f32(v, m), v, m); }
   static Vec prelu(Vec v, Vec slope) { return vbslq_f32(vcgezq_f32(v), v, mul(slope, v)); }
   static Vec from_ints(const int32_t* x) { return vcvtq_f32_s32(vld1q_s32(x)); }
 

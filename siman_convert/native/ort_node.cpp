@@ -83,6 +83,12 @@ void read_ints(const Op& op, const KernelInfo* info, const char* name, int64_t* 
   }
 }
 
+void read_optional_ints(const Op& op, const KernelInfo* info, const char* name, int64_t* out, size_t count) {
+  size_t found = 0;
+  if (Status* status = kIntsAttribute(op.api, info, name, nullptr, &found)) return kReleaseStatus(op.api, status);
+  read_ints(op, info, name, out, count);
+}
+
 namespace {
 
 // A dimension is a number from 0 on, or negative with a name that may be empty.
@@ -100,14 +106,29 @@ KnownShape known_shape(const Op& op, const ShapeContext* context, Input input) {
   return shape;
 }
 
-std::vector<int64_t> ints_of(const Op& op, const ShapeContext* context, const char* name, size_t count) {
+Dims ints_of(const Op& op, const Attribute* attribute, const char* name, size_t count) {
+  Dims values(count);
+  size_t bytes = 0;
+  Status* status = kReadAttribute(op.api, attribute, kInts, values.data(), count * sizeof(int64_t), &bytes);
+  if (status) kReleaseStatus(op.api, status);
+  if (status || bytes != count * sizeof(int64_t))
+    fail(op, std::string(name) + " must be " + std::to_string(count) + " integers");
+  return values;
+}
+
+Dims ints_of(const Op& op, const ShapeContext* context, const char* name, size_t count) {
   const Attribute* attribute = nullptr;
   check(kShapeAttribute(op.api, context, name, &attribute));
-  std::vector<int64_t> values(count);
-  size_t bytes = 0;
-  check(kReadAttribute(op.api, attribute, kInts, values.data(), count * sizeof(int64_t), &bytes));
-  if (bytes != count * sizeof(int64_t)) fail(op, std::string(name) + " must be " + std::to_string(count) + " integers");
-  return values;
+  return ints_of(op, attribute, name, count);
+}
+
+// `otherwise` where the attribute is left out.
+Dims ints_or(const Op& op, const ShapeContext* context, const char* name, const Dims& otherwise) {
+  const Attribute* attribute = nullptr;
+  Status* status = kShapeAttribute(op.api, context, name, &attribute);
+  if (!status) return ints_of(op, attribute, name, otherwise.size());
+  kReleaseStatus(op.api, status);
+  return otherwise;
 }
 
 // Positions along one axis, or -1 where that is not known; nonsense is left for the creation of the kernel to refuse.
@@ -137,14 +158,21 @@ void set_output_shape(const Op& op, ShapeContext* context, const Dims& dims, con
 Status* infer_shape(const CustomOp* custom, ShapeContext* context) {
   const Op& op = *static_cast<const Op*>(custom);
   return guarded(op.api, [&] {
+    const auto pool = [&](const char* name, const Dims& none) {
+      return op.kind->pools ? ints_or(op, context, name, none) : none;
+    };
+    const Dims sides = pool("pool_kernel", {1, 1}), steps = pool("pool_strides", {1, 1});
+    const Dims beside = pool("pool_pads", {0, 0, 0, 0});
     const KnownShape x = known_shape(op, context, kX), w = known_shape(op, context, kW);
     if (x.dims.size() != 4 || w.dims.size() != 4) return;
     const auto strides = ints_of(op, context, "strides", 2), pads = ints_of(op, context, "pads", 4);
     const auto dilations = op.kind->dilates ? ints_of(op, context, "dilations", 2) : Dims{1, 1};
     Dims dims{x.dims[0], w.dims[0], -1, -1};
-    for (size_t i = 0; i < 2; ++i)
-      dims[2 + i] =
+    for (size_t i = 0; i < 2; ++i) {
+      const int64_t convolved =
           positions(x.dims[2 + i], w.dims[op.kind->kernel_axis + i], strides[i], pads[i], pads[2 + i], dilations[i]);
+      dims[2 + i] = positions(convolved, sides[i], steps[i], beside[i], beside[2 + i], 1);
+    }
     set_output_shape(op, context, dims, x.names[0], w.names[0]);
   });
 }

@@ -37,8 +37,8 @@ struct Kind {
   size_t residual, slope;  // which inputs they are; residual: 0 where there is none
   ElementType weight_type;
   const char* weight_shape;
-  size_t kernel_axis;  // of W: the rows of the kernel, then its columns
-  bool dilates;        // by an attribute
+  size_t kernel_axis;   // of W: the rows of the kernel, then its columns
+  bool dilates, pools;  // by attributes; those of the pool may be left out
   siman_geometry (*geometry)(const Op& op, const KernelInfo* info, const Dims& w);
   siman_conv* (*create)(const Op& op, const KernelInfo* info, const siman_geometry& geometry, const Weights& weights);
 };
@@ -80,6 +80,9 @@ Tensor constant_input(const Op& op, const KernelInfo* info, size_t input);
 int64_t read_int(const Op& op, const KernelInfo* info, const char* name);
 float read_float(const Op& op, const KernelInfo* info, const char* name);
 void read_ints(const Op& op, const KernelInfo* info, const char* name, int64_t* out, size_t count);
+// Leaves `out` as it is where the attribute is left out. One of another type looks the same here: infer_shape refuses
+// it.
+void read_optional_ints(const Op& op, const KernelInfo* info, const char* name, int64_t* out, size_t count);
 
 // The callback that tells ONNX Runtime the shape of Y.
 Status* infer_shape(const CustomOp* op, ShapeContext* context);

@@ -39,9 +39,13 @@ siman_conv* create_quantized(const Op& op, const KernelInfo* info, const siman_g
   const float x_scale = read_float(op, info, "x_scale");
   const int64_t x_zero_point = read_int(op, info, "x_zero_point");
   if (x_zero_point < 0 || x_zero_point > 255) fail(op, siman_message(SIMAN_BAD_X_ZERO_POINT));
+  siman_pool pool{{1, 1}, {1, 1}, {0, 0, 0, 0}};
+  read_optional_ints(op, info, "pool_kernel", pool.kernel, 2);
+  read_optional_ints(op, info, "pool_strides", pool.strides, 2);
+  read_optional_ints(op, info, "pool_pads", pool.pads, 4);
   siman_conv* conv = nullptr;
   check(op, siman_create_quantized(&geometry, static_cast<const int8_t*>(weights.w.data), weights.scale, weights.bias,
-                                   weights.slope, x_scale, static_cast<int32_t>(x_zero_point), nullptr, &conv));
+                                   weights.slope, x_scale, static_cast<int32_t>(x_zero_point), &pool, nullptr, &conv));
   return conv;
 }
 
@@ -55,6 +59,7 @@ constexpr Kind kKinds[] = {
      .weight_shape = "(O, kH, kW, ceil(channels/8))",
      .kernel_axis = 1,
      .dilates = true,
+     .pools = false,
      .geometry = binary_geometry,
      .create = create_binary},
     {.name = "QuantizedConv2d",
@@ -66,6 +71,7 @@ constexpr Kind kKinds[] = {
      .weight_shape = "(O, C, kH, kW)",
      .kernel_axis = 2,
      .dilates = false,
+     .pools = true,
      .geometry = quantized_geometry,
      .create = create_quantized},
 };

@@ -15,7 +15,8 @@ constexpr size_t kBeyond = 8;             // bytes after the image that kernels 
 }  // namespace
 
 QuantizedConv::QuantizedConv(const Geometry& geometry, const int8_t* weights, const float* scale, const float* bias,
-                             const float* slope, float x_scale, int32_t x_zero_point, const Variant& variant)
+                             const float* slope, float x_scale, int32_t x_zero_point, const siman_pool& pool,
+                             const Variant& variant)
     : Conv(geometry, variant, variant.quantized.kernel, geometry.kernel[0], geometry.kernel[1] * geometry.channels,
            kTaskMacs, scale, bias, slope),
       kernels_(variant.quantized),
@@ -23,6 +24,7 @@ QuantizedConv::QuantizedConv(const Geometry& geometry, const int8_t* weights, co
       x_zero_point_(x_zero_point),
       zero_code_(variant.quantized.code_bytes == 1 ? x_zero_point : 0),
       base_(std::make_unique<int32_t[]>(slots_)) {
+  pool_ = pool;
   pixel_bytes_ = static_cast<size_t>(geometry.channels * kernels_.code_bytes);
   const auto channels = static_cast<size_t>(geometry.channels), columns = static_cast<size_t>(geometry.kernel[1]);
   const size_t rows = static_cast<size_t>(geometry.kernel[0]), taps = rows * columns;
@@ -40,7 +42,7 @@ QuantizedConv::QuantizedConv(const Geometry& geometry, const int8_t* weights, co
 int64_t QuantizedConv::step(int axis) const { return std::min(geometry_.strides[axis], geometry_.kernel[axis]); }
 
 int64_t QuantizedConv::image_size(const Job& job, int axis) const {
-  return (job.output[2 + axis] - 1) * step(axis) + geometry_.kernel[axis];
+  return (job.convolved[axis] - 1) * step(axis) + geometry_.kernel[axis];
 }
 
 // Which row or column of X is number `at` of the image; it may be beside X.
@@ -94,8 +96,8 @@ void QuantizedConv::quantize_piece(const Job& job, const Piece& p) const {
 }
 
 void QuantizedConv::describe(const Job& job, const Block& block, ConvTask& task) const {
-  task.rows = {image_size(job, 0), job.output[2], geometry_.kernel[0], step(0), 0, 1};
-  task.columns = {image_size(job, 1), job.output[3], 1, step(1), 0, 1};
+  task.rows = {image_size(job, 0), job.convolved[0], geometry_.kernel[0], step(0), 0, 1};
+  task.columns = {image_size(job, 1), job.convolved[1], 1, step(1), 0, 1};
   task.base = base_.get() + block.slot;
 }
 

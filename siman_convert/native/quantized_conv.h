@@ -9,12 +9,14 @@ namespace siman {
 Status check_quantized_geometry(const Geometry& geometry);
 Status check_quantized_weights(const Geometry& geometry, const int8_t* weights);
 Status check_steps(float x_scale, int32_t x_zero_point);
+Status check_pool(const siman_pool& pool);
 
 class QuantizedConv final : public Conv {
  public:
   // All is checked before.
   QuantizedConv(const Geometry& geometry, const int8_t* weights, const float* scale, const float* bias,
-                const float* slope, float x_scale, int32_t x_zero_point, const Variant& variant);
+                const float* slope, float x_scale, int32_t x_zero_point, const siman_pool& pool,
+                const Variant& variant);
 
  private:
   // A piece of a row of the image: `pixels` that are `spacing` apart in X, from column `x` of a row of X on.

@@ -3,8 +3,9 @@
 
    Y = siman.BinaryConv2d(X): signs of X against the mean of its sample, times weights of +-1, then scale, bias,
    residual and slope. Y = siman.QuantizedConv2d(X): X in steps, clipped to 8 bits, times weights of 8 bits, then scale,
-   bias and slope. The meaning of both is written down in siman_convert/runtime/reference.py, and the results are the
-   same bit for bit, whatever the variant and the number of threads. */
+   bias, slope and a max pool if one is asked for. The meaning of both is written down in
+   siman_convert/runtime/reference.py, and the results are the same bit for bit, whatever the variant and the number of
+   threads. */
 #ifndef SIMAN_H_
 #define SIMAN_H_
 
@@ -35,6 +36,13 @@ typedef struct siman_geometry {
   int64_t center; /* 1: compare with the mean of the sample, 0: with zero */
 } siman_geometry;
 
+/* A max pool. kernel, strides: rows, columns; pads: top, left, bottom, right, each below its side of the kernel. */
+typedef struct siman_pool {
+  int64_t kernel[2];
+  int64_t strides[2];
+  int64_t pads[4];
+} siman_pool;
+
 typedef enum siman_status {
   SIMAN_OK = 0,
   SIMAN_NULL_ARGUMENT,
@@ -59,6 +67,8 @@ typedef enum siman_status {
   SIMAN_BAD_WEIGHT,
   SIMAN_BAD_X_SCALE,
   SIMAN_BAD_X_ZERO_POINT,
+  SIMAN_BAD_POOL,
+  SIMAN_POOL_LARGER_THAN_IMAGE,
   SIMAN_NO_MEMORY
 } siman_status;
 
@@ -77,11 +87,12 @@ SIMAN_API siman_status siman_create(const siman_geometry* geometry, const uint8_
                                     siman_conv** conv);
 
 /* The same for siman.QuantizedConv2d. geometry: group 1, dilations 1, center 0. weights: (filters, channels, kernel_h,
-   kernel_w), each in -127..127. x_scale, x_zero_point: a step of X, and the 8-bit code of 0. It has no residual: where
-   one is asked for, hand over a single 0. */
+   kernel_w), each in -127..127. x_scale, x_zero_point: a step of X, and the 8-bit code of 0. pool: null for none. It
+   has no residual: where one is asked for, hand over a single 0. */
 SIMAN_API siman_status siman_create_quantized(const siman_geometry* geometry, const int8_t* weights, const float* scale,
                                               const float* bias, const float* slope, float x_scale,
-                                              int32_t x_zero_point, const char* variant, siman_conv** conv);
+                                              int32_t x_zero_point, const siman_pool* pool, const char* variant,
+                                              siman_conv** conv);
 SIMAN_API void siman_destroy(siman_conv* conv);
 
 /* image: N, C, H, W of X; output: N, O, Ho, Wo of Y. */

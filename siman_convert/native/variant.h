@@ -59,8 +59,14 @@ struct ConvTask {
   const float *scale, *bias, *slope;  // of the block
   const float* residual;              // of the block, as y; or one float
   bool residual_is_full;
-  float* y;  // the plane of the block's first filter
+  float* y;      // the plane of the block's first filter
+  bool fetch_y;  // before it is written: it is in no cache
   int64_t row_begin, row_end;
+  // Quantized, with a max pool behind it; rows and planes of Y are the pool's then.
+  Axis pool_rows, pool_columns;
+  float* kept;  // null: no pool. Values still to be pooled, by rows, columns and filters of the block; row r of the
+                // convolution is row r % kept_rows
+  int64_t kept_rows;
 };
 
 // A unit is the piece of one tap that a kernel takes in one step: `unit_channels` channels, which fill `unit_bytes` in

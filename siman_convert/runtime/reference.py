@@ -20,7 +20,7 @@ Corners, the same in every runtime:
   * a batch of 0 gives a batch of 0; every other dimension is at least 1.
 
 siman.QuantizedConv2d, with integers; `onnx_quantized_op` gives the formula and the range of acc. NaN in X becomes -x_zero_point,
-infinities clip; the last three corners above hold here too.
+infinities clip; the last three corners above hold here too, and a NaN behind the slope is left out of a pool.
 """
 
 from __future__ import annotations
@@ -61,6 +61,14 @@ class Geometry(NamedTuple):
     pads: Sequence[int]
     dilations: Sequence[int]
     group: int
+
+
+class Pool(NamedTuple):
+    """The max pool of a siman.QuantizedConv2d; `pads` is top, left, bottom, right."""
+
+    kernel: Sequence[int]
+    strides: Sequence[int]
+    pads: Sequence[int]
 
 
 def binary_conv2d(
@@ -108,13 +116,18 @@ def quantized_conv2d(
     pads: Sequence[int],
     x_scale: float,
     x_zero_point: int,
+    pool_kernel: Sequence[int] = (1, 1),
+    pool_strides: Sequence[int] = (1, 1),
+    pool_pads: Sequence[int] = (0, 0, 0, 0),
 ) -> Floats:
     """Y (N, O, Ho, Wo) from X (N, C, H, W) float32, W (O, C, kH, kW) int8 and per-filter float32 scale, bias, slope (O,).
 
-    Raises InputError for whatever does not fit: -128 in W, more than MAX_TAPS products, an x_scale that is 0 in float32.
+    Raises InputError for whatever does not fit: -128 in W, more than MAX_TAPS products, an x_scale that is 0 in float32, a
+    pool larger than what it reads.
     """
     _check_arrays(QUANTIZED_OP, X=X, W=W, scale=scale, bias=bias, slope=slope)
-    check_quantized_attributes(strides, pads, x_scale, x_zero_point)
+    pool = Pool(pool_kernel, pool_strides, pool_pads)
+    check_quantized_attributes(strides, pads, x_scale, x_zero_point, *pool)
     check_int8_weights(W)
     filters, channels, *kernel = W.shape
     out_shape = _output_shape(QUANTIZED_OP, X, channels, filters, kernel, strides, pads, [1, 1])
@@ -130,7 +143,26 @@ def quantized_conv2d(
         acc = _int8_conv(d, W, out_shape, strides, pads)
         v = scale.reshape(per_filter) * acc.astype(np.float32)
         v = v + bias.reshape(per_filter)
-        return np.where(v >= 0, v, slope.reshape(per_filter) * v)
+        return _max_pool(np.where(v >= 0, v, slope.reshape(per_filter) * v), pool)
+
+
+def _max_pool(p: Floats, pool: Pool) -> Floats:
+    """The largest of each window, by rows and then by columns; NaN is never the larger one."""
+    kernel, strides, pads = pool
+    if {*kernel, *strides} == {1}:
+        return p
+    largest = np.where(np.isnan(p), np.float32(-np.inf), p)
+    for i in (0, 1):
+        size = p.shape[2 + i]
+        out = output_size(size, kernel[i], strides[i], pads[i], pads[i + 2], 1)
+        if out < 1:
+            raise InputError(f"{QUANTIZED_OP}: the {list(kernel)} pool is larger than the padded output {p.shape}")
+        if largest.size // size * out > MAX_ELEMENTS:
+            raise InputError(f"{QUANTIZED_OP}: Y has more than {MAX_ELEMENTS} elements")
+        first = np.arange(out) * strides[i] - pads[i]
+        windows = [np.arange(max(at, 0), min(at + kernel[i], size)) for at in first.tolist()]  # none is empty
+        largest = np.stack([largest.take(window, 2 + i).max(2 + i) for window in windows], 2 + i)
+    return largest
 
 
 def _int8_conv(
@@ -218,7 +250,15 @@ def check_attributes(
         raise InputError(f"{OP_NAME}: center must be 0 or 1, got {center}")
 
 
-def check_quantized_attributes(strides: Sequence[int], pads: Sequence[int], x_scale: float, x_zero_point: int) -> None:
+def check_quantized_attributes(
+    strides: Sequence[int],
+    pads: Sequence[int],
+    x_scale: float,
+    x_zero_point: int,
+    pool_kernel: Sequence[int] = (1, 1),
+    pool_strides: Sequence[int] = (1, 1),
+    pool_pads: Sequence[int] = (0, 0, 0, 0),
+) -> None:
     """Raise InputError for attributes no siman.QuantizedConv2d can have."""
     _check_ints(QUANTIZED_OP, "strides", strides, 2, least=1)
     _check_ints(QUANTIZED_OP, "pads", pads, 4, least=0)
@@ -227,6 +267,13 @@ def check_quantized_attributes(strides: Sequence[int], pads: Sequence[int], x_sc
         finite = isinstance(x_scale, (float, np.floating)) and 0 < np.float32(x_scale) < np.inf
     if not finite:
         raise InputError(f"{QUANTIZED_OP}: x_scale must be a finite float32 above 0, got {x_scale}")
+    _check_ints(QUANTIZED_OP, "pool_kernel", pool_kernel, 2, least=1)
+    _check_ints(QUANTIZED_OP, "pool_strides", pool_strides, 2, least=1)
+    _check_ints(QUANTIZED_OP, "pool_pads", pool_pads, 4, least=0)
+    if any(pad >= pool_kernel[i % 2] for i, pad in enumerate(pool_pads)):
+        raise InputError(
+            f"{QUANTIZED_OP}: pool_pads must be below pool_kernel {list(pool_kernel)}, got {list(pool_pads)}"
+        )
 
 
 def check_int8_weights(W: Int8s) -> None:

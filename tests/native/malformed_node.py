@@ -15,10 +15,10 @@ import onnxruntime
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
 from siman_convert.onnx_op import ATTRIBUTES, DOMAIN, INPUTS, OP_NAME, VERSION, function_body
-from siman_convert.onnx_quantized_op import QUANTIZED_INPUTS, QUANTIZED_OP, quantized_body
+from siman_convert.onnx_quantized_op import NO_POOL, QUANTIZED_INPUTS, QUANTIZED_OP, quantized_body
 from siman_convert.runtime.reference import binary_conv2d, quantized_conv2d
 
-INTS = ("strides", "pads", "dilations")
+INTS = ("strides", "pads", "dilations", *NO_POOL)
 ANY_IMAGES = ("N", None, None, None)
 
 
@@ -30,6 +30,7 @@ class Operator:
     may_be_fed: frozenset[str]  # inputs that need not be constant
     body: Callable[[int], Any]
     reference: Callable[..., np.ndarray]
+    defaults: dict[str, Any] = field(default_factory=dict)  # of attributes that may be left out
 
 
 BINARY = Operator(
@@ -43,10 +44,11 @@ BINARY = Operator(
 QUANTIZED = Operator(
     QUANTIZED_OP,
     QUANTIZED_INPUTS,
-    {"strides": list, "pads": list, "x_scale": float, "x_zero_point": int},
+    {"strides": list, "pads": list, "x_scale": float, "x_zero_point": int} | dict.fromkeys(NO_POOL, list),
     frozenset({"X"}),
     quantized_body,
     quantized_conv2d,
+    NO_POOL,
 )
 
 
@@ -67,12 +69,18 @@ class Node:
         self.inputs = list(self.operator.inputs)
 
     @property
+    def meant(self) -> dict[str, Any]:
+        """The attributes of the operator; None for one that is missing."""
+        given = {name: value for name, value in self.attributes.items() if value is not None}
+        return dict.fromkeys(self.operator.attributes) | self.operator.defaults | given
+
+    @property
     def is_refused(self) -> bool:
         """By what the reference is not handed: it takes arrays and numbers, and does not see where they come from."""
-        kinds = self.operator.attributes
+        kinds, meant = self.operator.attributes, self.meant
         return (
-            any(not isinstance(self.attributes[name], kind) for name, kind in kinds.items())
-            or any(isinstance(value, float) for name in INTS if name in kinds for value in self.attributes[name])
+            any(not isinstance(meant[name], kind) for name, kind in kinds.items())
+            or any(isinstance(value, float) for name in INTS if name in kinds for value in meant[name])
             or any(array is None for array in self.arrays.values())
             or (self.inputs, self.outputs) != (list(self.operator.inputs), ("y",))
             or not self.fed | self.overridable <= self.operator.may_be_fed
@@ -107,7 +115,8 @@ def right_quantized_node() -> Node:
     }
     arrays |= {name: rng.standard_normal(filters).astype(np.float32) for name in ("scale", "bias", "slope")}
     steps = {"x_scale": 0.015625, "x_zero_point": 100}
-    return Node(QUANTIZED, arrays, {"strides": [1, 2], "pads": [1, 0, 2, 1], **steps})
+    pool = {"pool_kernel": [3, 2], "pool_strides": [2, 1], "pool_pads": [1, 0, 2, 1]}
+    return Node(QUANTIZED, arrays, {"strides": [1, 2], "pads": [1, 0, 2, 1], **steps, **pool})
 
 
 def attribute(node: Node, name: str, value: Any) -> None:

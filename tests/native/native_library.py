@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from filelock import FileLock
 
+from siman_convert.onnx_quantized_op import NO_POOL
+
 SOURCE = Path(__file__).parents[2] / "siman_convert" / "native"
 TASK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_size_t)
 PARALLEL_FOR = ctypes.CFUNCTYPE(None, ctypes.c_void_p, TASK, ctypes.c_void_p, ctypes.c_size_t)
@@ -119,6 +121,7 @@ class Library:
             ctypes.c_void_p,
             ctypes.c_float,
             ctypes.c_int32,
+            ctypes.c_void_p,
             ctypes.c_char_p,
             ctypes.c_void_p,
         ]
@@ -146,15 +149,30 @@ class Library:
         return self.run(handle, X, residual, threads, ran)
 
     def quantized_conv(
-        self, X, W, scale, bias, slope, *, strides, pads, x_scale, x_zero_point, variant=None, threads=0, ran=None
+        self,
+        X,
+        W,
+        scale,
+        bias,
+        slope,
+        *,
+        strides,
+        pads,
+        x_scale,
+        x_zero_point,
+        variant=None,
+        threads=0,
+        ran=None,
+        **pool,
     ):
         """Y, as reference.quantized_conv2d."""
+        values = np.array([number for name, none in NO_POOL.items() for number in pool.get(name, none)], np.int64)
         plain = {"dilations": [1, 1], "group": 1, "center": 0}
         filters, channels, *kernel = W.shape
         geometry = geometry_of(filters=filters, kernel=kernel, channels=channels, strides=strides, pads=pads, **plain)
         handle, name = ctypes.c_void_p(), None if variant is None else variant.encode()
         vectors = (pointer(scale), pointer(bias), pointer(slope))
-        steps = (ctypes.c_float(x_scale), x_zero_point)
+        steps = (ctypes.c_float(x_scale), x_zero_point, pointer(values) if pool else None)
         created = self.c.siman_create_quantized(
             ctypes.byref(geometry), pointer(W), *vectors, *steps, name, ctypes.byref(handle)
         )

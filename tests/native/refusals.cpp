@@ -121,11 +121,13 @@ struct QuantizedCase {
   std::vector<float> floats = std::vector<float>(3, 0.5f);
   float x_scale = 0.5f;
   int32_t x_zero_point = 7;
+  siman_pool pool{{3, 2}, {2, 1}, {2, 1, 0, 1}};
 };
 
 siman_status try_create(const QuantizedCase& c, const char* variant, siman_conv** conv) {
   const float* f = c.floats.data();
-  return siman_create_quantized(&c.geometry, c.weights.data(), f, f, f, c.x_scale, c.x_zero_point, variant, conv);
+  return siman_create_quantized(&c.geometry, c.weights.data(), f, f, f, c.x_scale, c.x_zero_point, &c.pool, variant,
+                                conv);
 }
 
 void check_refused_quantized_geometries() {
@@ -163,15 +165,40 @@ void check_refused_quantized_creations() {
     expect(try_create(c, nullptr, &conv), SIMAN_BAD_X_ZERO_POINT);
   }
   c.x_zero_point = 255;
+  const auto refused_pool = [&](auto change) {
+    QuantizedCase pooled;
+    change(pooled.pool);
+    expect(try_create(pooled, "scalar", &conv), SIMAN_BAD_POOL);
+  };
+  refused_pool([](siman_pool& p) { p.kernel[1] = 0; });
+  refused_pool([](siman_pool& p) { p.kernel[0] = int64_t{1} << 31; });
+  refused_pool([](siman_pool& p) { p.strides[0] = -1; });
+  refused_pool([](siman_pool& p) { p.pads[3] = -1; });
+  refused_pool([](siman_pool& p) { p.pads[0] = 3; });
+  refused_pool([](siman_pool& p) { p.pads[3] = 2; });
   expect(try_create(c, "", &conv), SIMAN_UNKNOWN_VARIANT);
   const float* f = c.floats.data();
   const int8_t* w = c.weights.data();
-  expect(siman_create_quantized(nullptr, w, f, f, f, 1, 0, nullptr, &conv), SIMAN_NULL_ARGUMENT);
-  expect(siman_create_quantized(&c.geometry, nullptr, f, f, f, 1, 0, nullptr, &conv), SIMAN_NULL_ARGUMENT);
-  expect(siman_create_quantized(&c.geometry, w, f, f, nullptr, 1, 0, nullptr, &conv), SIMAN_NULL_ARGUMENT);
-  expect(siman_create_quantized(&c.geometry, w, f, f, f, 1, 0, nullptr, nullptr), SIMAN_NULL_ARGUMENT);
+  expect(siman_create_quantized(nullptr, w, f, f, f, 1, 0, nullptr, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create_quantized(&c.geometry, nullptr, f, f, f, 1, 0, nullptr, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create_quantized(&c.geometry, w, f, f, nullptr, 1, 0, nullptr, nullptr, &conv), SIMAN_NULL_ARGUMENT);
+  expect(siman_create_quantized(&c.geometry, w, f, f, f, 1, 0, nullptr, nullptr, nullptr), SIMAN_NULL_ARGUMENT);
   require(!conv, "nothing was made");
   expect(try_create(c, nullptr, &conv), SIMAN_OK);
+  int64_t output[4];
+  const int64_t enough[] = {1, 9, 2, 2}, too_narrow[] = {1, 9, 3, 1}, none[] = {1, 9, 1, 0};
+  expect(siman_output_shape(conv, enough, output), SIMAN_OK);
+  require(output[2] == 1 && output[3] == 3, "rows and columns of the pool");
+  expect(siman_output_shape(conv, none, output), SIMAN_BAD_IMAGE);
+  siman_destroy(conv);
+  c.pool = {{5, 4}, {1, 1}, {0, 0, 0, 0}};
+  expect(try_create(c, nullptr, &conv), SIMAN_OK);
+  expect(siman_output_shape(conv, too_narrow, output), SIMAN_POOL_LARGER_THAN_IMAGE);
+  siman_destroy(conv);
+  constexpr int64_t kFar = int64_t{1} << 30;
+  c.pool = {{kFar, kFar}, {1, 1}, {kFar - 1, kFar - 1, kFar - 1, kFar - 1}};
+  expect(try_create(c, nullptr, &conv), SIMAN_OK);
+  expect(siman_output_shape(conv, enough, output), SIMAN_TOO_MANY_ELEMENTS);
   siman_destroy(conv);
 }
 

@@ -78,8 +78,37 @@ int naive_acc(const Case& c, const std::vector<int>& activations, const std::vec
   return acc;
 }
 
+// Of one plane of `size`, row by row.
+void pool_plane(const siman_pool& p, const int64_t size[2], const float* values, const int64_t out[2], Floats& y) {
+  for (int64_t at = 0; at < out[0] * out[1]; ++at) {
+    float largest = -std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < p.kernel[0] * p.kernel[1]; ++i) {
+      const int64_t row = at / out[1] * p.strides[0] - p.pads[0] + i / p.kernel[1];
+      const int64_t column = at % out[1] * p.strides[1] - p.pads[1] + i % p.kernel[1];
+      if (row < 0 || row >= size[0] || column < 0 || column >= size[1]) continue;
+      const float value = values[row * size[1] + column];
+      if (value > largest) largest = value;
+    }
+    y.push_back(largest);
+  }
+}
+
+Floats pooled(const Case& c, const int64_t size[2], const Floats& values) {
+  const siman_pool& p = c.pool;
+  if (p.kernel[0] * p.kernel[1] * p.strides[0] * p.strides[1] == 1) return values;
+  Floats y;
+  for (int64_t plane = 0; plane < c.output[0] * c.output[1]; ++plane)
+    pool_plane(p, size, values.data() + plane * size[0] * size[1], c.output + 2, y);
+  return y;
+}
+
 Floats naive(const Case& c) {
-  const int64_t* out = c.output;
+  const siman_geometry& g = c.geometry;
+  int64_t out[] = {c.output[0], c.output[1], 0, 0};  // before the pool
+  for (int i = 0; i < 2; ++i)
+    for (int64_t at = -g.pads[i]; at + g.dilations[i] * (g.kernel[i] - 1) < c.image[2 + i] + g.pads[2 + i];
+         at += g.strides[i])
+      ++out[2 + i];
   const std::vector<int> weights = c.integer_weights();
   const auto sample = static_cast<size_t>(c.image[1] * c.image[2] * c.image[3]);
   Floats y;
@@ -94,7 +123,7 @@ Floats naive(const Case& c) {
       }
     }
   }
-  return y;
+  return pooled(c, out + 2, y);
 }
 
 // Odd tasks on one thread, even ones on another, the last first on a third.

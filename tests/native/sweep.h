@@ -15,6 +15,7 @@ using Random = std::mt19937;
 
 struct Case {
   siman_geometry geometry{};
+  siman_pool pool{{1, 1}, {1, 1}, {0, 0, 0, 0}};  // none
   int64_t image[4] = {}, output[4] = {};
   Floats x, scale, bias, slope, residual{0.0f};
 

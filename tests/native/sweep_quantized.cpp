@@ -14,7 +14,7 @@ struct QuantizedCase : Case {
 
   siman_status create(const char* variant, siman_conv** conv) const override {
     return siman_create_quantized(&geometry, weights.data(), scale.data(), bias.data(), slope.data(), x_scale,
-                                  x_zero_point, variant, conv);
+                                  x_zero_point, &pool, variant, conv);
   }
   std::vector<int> activations(const float* sample, size_t count) const override {
     const auto lowest = static_cast<float>(-x_zero_point), highest = lowest + 255;
@@ -59,6 +59,19 @@ std::unique_ptr<QuantizedCase> make(const siman_geometry& geometry) {
   return c;
 }
 
+// Often the pool behind a network's first convolution; else whatever has a window in rows x columns.
+void draw_pool(Random& random, Case& c) {
+  const siman_geometry& g = c.geometry;
+  for (int i = 0; i < 2; ++i) {
+    const int64_t room = c.image[2 + i] + g.pads[i] + g.pads[i + 2] - g.kernel[i], size = room / g.strides[i] + 1;
+    const bool usual = draw(random, 0, 2) == 0 && size > 1;
+    c.pool.kernel[i] = usual ? 3 : draw(random, 1, std::min<int64_t>(size, draw(random, 0, 2) ? 4 : 40));
+    c.pool.strides[i] = usual ? 2 : draw(random, 1, 5);
+    c.pool.pads[i] = usual ? 1 : draw(random, 0, c.pool.kernel[i] - 1);
+    c.pool.pads[i + 2] = usual ? 1 : draw(random, 0, c.pool.kernel[i] - 1);
+  }
+}
+
 CasePtr largest_sums(int8_t weight, int32_t x_zero_point, float x) {
   auto c = make({33, {1, 1}, 518, {1, 1}, {0, 0, 0, 1}, {1, 1}, 1, 0});
   const int64_t image[] = {1, 518, 1, 2};
@@ -101,6 +114,7 @@ CasePtr draw_quantized(Random& random) {
   draw_images(random, *c, static_cast<int>(draw(random, 0, 4)));
   draw_epilogue(random, *c);
   draw_steps(random, *c);
+  if (draw(random, 0, 1)) draw_pool(random, *c);
   return c;
 }
 

@@ -37,7 +37,13 @@ def like(name):
     """A value of the right kind, with the right count where it has one."""
     if name == "x_scale":
         return FLOATS | st.sampled_from([0.5, -1.0, 1e39])
-    return NUMBERS if name not in INTS else st.lists(NUMBERS, min_size=4, max_size=4) if name == "pads" else PAIRS
+    return (
+        NUMBERS
+        if name not in INTS
+        else st.lists(NUMBERS, min_size=4, max_size=4)
+        if name in ("pads", "pool_pads")
+        else PAIRS
+    )
 
 
 PAIRS = st.lists(NUMBERS, min_size=2, max_size=2)
@@ -75,7 +81,7 @@ def expected(node):
     if node.is_refused:
         return None
     try:
-        attributes = {name: node.attributes[name] for name in node.operator.attributes}
+        attributes = {name: node.meant[name] for name in node.operator.attributes}
         return node.operator.reference(**node.arrays, **attributes)
     except InputError:
         return None

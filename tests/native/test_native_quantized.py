@@ -44,6 +44,11 @@ def cases(draw):
         "x_scale": x_scale,
         "x_zero_point": draw(st.sampled_from([0, 255, 128]) | st.integers(0, 255)),
     }
+    if draw(st.booleans()):
+        convolved = [(size[i] + pads[i] + pads[i + 2] - kernel[i]) // strides[i] + 1 for i in range(2)]
+        sides = [draw(st.integers(1, min(convolved[i], 5))) for i in range(2)]
+        attributes |= {"pool_kernel": sides, "pool_strides": pair(1, 4)}
+        attributes["pool_pads"] = [draw(st.integers(0, side - 1)) for side in (*sides, *sides)]
     shape = (draw(st.integers(0, 4)), channels, *size)
     X = draw_image(draw(st.sampled_from(["normal", "halves", "odd"])), rng, shape, x_scale)
     W = rng.integers(-127, 128, (filters, channels, *kernel)).astype(np.int8)
@@ -92,6 +97,9 @@ MALFORMED = {
     "x_scale": ({"x_scale": float("nan")}, "x_scale must be"),
     "x_zero_point": ({"x_zero_point": 256}, "x_zero_point must be"),
     "null": ({"slope": None}, "null"),
+    "pool strides": ({"pool_strides": [1, 0]}, "pool_strides must be"),
+    "pool pads": ({"pool_kernel": [3, 2], "pool_pads": [2, 1, 2, 2]}, "pool_pads from 0 and below pool_kernel"),
+    "pool": ({"pool_kernel": [7, 1]}, "the pool is larger"),
 }
 
 
@@ -103,11 +111,14 @@ def test_malformed_arguments(library, case):
         library.quantized_conv(**(one_layer() | changes))
 
 
+STEM_POOL = {"pool_kernel": [3, 3], "pool_strides": [2, 2], "pool_pads": [1, 1, 1, 1]}
+
+
 @pytest.fixture
 def chain():
     rng = np.random.default_rng(7)
     return [
-        quantized_layer(rng, 3, 64, kernel=(7, 7), slope=0, strides=[2, 2], pads=[3] * 4),
+        quantized_layer(rng, 3, 64, kernel=(7, 7), slope=0, strides=[2, 2], pads=[3] * 4, **STEM_POOL),
         quantized_layer(rng, 64, 11, kernel=(1, 1), slope=1, x_scale=40, strides=[2, 2], pads=[0] * 4, x_zero_point=0),
         quantized_layer(rng, 11, 130, kernel=(1, 3), pads=[0, 2, 1, 1], x_scale=3e4, x_zero_point=255),
     ]
@@ -132,7 +143,7 @@ def test_the_kernel_runs_not_the_function(library, chain, batch, threads, varian
 def test_shape_inference_keeps_the_batch_symbolic(library, chain):
     model = make_quantized_model(chain, names_of_x=("N", 3, 37, 40))
     model.graph.output[0].type.tensor_type.ClearField("shape")
-    assert session(library, model).get_outputs()[0].shape == ["N", 130, 11, 11]
+    assert session(library, model).get_outputs()[0].shape == ["N", 130, 6, 6]
 
 
 ONES, INT8 = np.ones, np.int8
@@ -141,6 +152,12 @@ MALFORMED_NODES = {
     "one stride": (attribute(strides=[1]), "strides"),
     "pads of another type": (attribute(pads=1.5), "pads"),
     "negative pad": (attribute(pads=[0, 0, -1, 0]), "pads must be"),
+    "one pool stride": (attribute(pool_strides=[2]), "pool_strides must be 2 integers"),
+    "pool of another type": (attribute(pool_kernel=3), "pool_kernel"),
+    "pool of floats": (attribute(pool_kernel=[3.0, 3.0]), "pool_kernel"),
+    "pool kernel": (attribute(pool_kernel=[3, 0]), "pool_kernel and pool_strides must be"),
+    "pool pads": (attribute(pool_pads=[1, 1, 3, 1]), "pool_pads from 0 and below"),
+    "pool pads without a pool": (attribute(pool_kernel=None, pool_strides=None), "pool_pads from 0 and below"),
     "no x_scale": (attribute(x_scale=None), "x_scale must be"),
     "x_scale of another type": (attribute(x_scale=1), "x_scale must be"),
     "x_scale 0": (attribute(x_scale=0.0), "x_scale must be"),

@@ -68,7 +68,7 @@ double quantized_ms(const char* variant, int64_t channels, int64_t size, const i
   const Floats ones(static_cast<size_t>(filters), 1.0f);
   siman_conv* conv = nullptr;
   require(siman_create_quantized(&geometry, weights.data(), ones.data(), ones.data(), ones.data(), 0.0186f, 114,
-                                 variant, &conv));
+                                 nullptr, variant, &conv));
   return best_ms(conv, random, channels, size, false);
 }
 

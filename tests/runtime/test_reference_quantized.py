@@ -27,7 +27,7 @@ def code(value, x_scale, zero_point):
     return min(max(round(float(steps)), -zero_point), 255 - zero_point)
 
 
-def oracle(X, W, scale, bias, slope, *, strides, pads, x_scale, x_zero_point):
+def oracle(X, W, scale, bias, slope, *, strides, pads, x_scale, x_zero_point, **pool):
     filters, channels, k_h, k_w = W.shape
     top, left, bottom, right = pads
     batch, _, height, width = X.shape
@@ -42,6 +42,19 @@ def oracle(X, W, scale, bias, slope, *, strides, pads, x_scale, x_zero_point):
         )
         v = np.float32(np.float32(scale[o] * np.float32(acc)) + bias[o])
         Y[n, o, y, x] = v if v >= 0 else slope[o] * v
+    return pool_oracle(Y, **pool) if pool else Y
+
+
+def pool_oracle(p, *, pool_kernel, pool_strides, pool_pads):
+    top, left, bottom, right = pool_pads
+    height, width = p.shape[2:]
+    rows = range(-top, height + bottom - pool_kernel[0] + 1, pool_strides[0])
+    columns = range(-left, width + right - pool_kernel[1] + 1, pool_strides[1])
+    Y = np.full((*p.shape[:2], len(rows), len(columns)), -np.inf, np.float32)
+    for (n, o, y, x), i, j in itertools.product(np.ndindex(*Y.shape), *map(range, pool_kernel)):
+        row, column = rows[y] + i, columns[x] + j
+        if 0 <= row < height and 0 <= column < width and p[n, o, row, column] > Y[n, o, y, x]:
+            Y[n, o, y, x] = p[n, o, row, column]
     return Y
 
 
@@ -68,6 +81,12 @@ def test_equals_the_oracle(data, seed):
         x_scale=x_scale,
         x_zero_point=data.draw(st.sampled_from([0, 1, 128, 255])),
     )
+    if data.draw(st.booleans()):
+        convolved = [(image[i] + pads[i] + pads[i + 2] - kernel[i]) // strides[i] + 1 for i in (0, 1)]
+        sides = [data.draw(st.integers(1, min(size, 4))) for size in convolved]
+        beside = [data.draw(st.integers(0, side - 1)) for side in (*sides, *sides)]
+        # a window of 1x1 that does not move by more is no pool, and would keep a NaN
+        attributes |= {"pool_kernel": sides, "pool_strides": [*draw(1, 3, 1), 2], "pool_pads": beside}
     steps = rng.integers(-600, 600, (batch, channels, *image)) / 2  # ties, and both sides of the range
     X = np.where(rng.random(steps.shape) < 0.1, rng.choice([NAN, INF, -INF, 3e38], steps.shape), steps * x_scale)
     Y = quantized_conv2d(X.astype(np.float32), *arrays, **attributes)
@@ -123,6 +142,32 @@ def test_bias_and_slope(bias, slope, expected):
     np.testing.assert_array_equal(one_by_one([2, -2], x_zero_point=10, bias=bias, slope=slope), expected)
 
 
+def pooled(X, **pool):
+    """A row of values of 1x1 weights through a pool; a bias per filter is all that there is of a filter."""
+    X = np.asarray(X, np.float32).reshape(1, 1, 1, -1)
+    one, zero, W = np.ones(1, np.float32), np.zeros(1, np.float32), np.ones((1, 1, 1, 1), np.int8)
+    attributes = {"strides": [1, 1], "pads": [0] * 4, "x_scale": 1.0, "x_zero_point": 128}
+    return quantized_conv2d(X, W, one, zero, one, **attributes, **pool).reshape(-1).tolist()
+
+
+def test_pool():
+    windows = {"pool_kernel": [1, 3], "pool_strides": [1, 2], "pool_pads": [0, 1, 0, 1]}
+    assert pooled([-3, -1, -2, -9, -9], **windows) == [-1, -1, -9]  # padding is no 0, and 5 columns have 3 windows
+    assert pooled([-3, -1, -2, -9, -9, 7], **windows) == [-1, -1, 7]  # so have 6: the fourth would need another column
+    assert pooled([1, 2, 3, 4], pool_strides=[1, 3]) == [1, 4]
+    assert pooled([1, 2, 3, 4], pool_kernel=[1, 1]) == [1, 2, 3, 4]
+
+
+def test_a_nan_is_left_out_of_a_pool():
+    """slope 0 times -inf is NaN; where there is nothing else the largest is -inf."""
+    X, W = np.zeros((1, 1, 1, 2), np.float32), np.ones((3, 1, 1, 1), np.int8)
+    X[..., 1] = 5
+    scale, bias = np.array([1, 1, -3e38], np.float32), np.array([NAN, 2, -1], np.float32)
+    attributes = {"strides": [1, 1], "pads": [0] * 4, "x_scale": 1.0, "x_zero_point": 0, "pool_kernel": [1, 2]}
+    Y = quantized_conv2d(X, W, scale, bias, np.zeros(3, np.float32), **attributes)
+    np.testing.assert_array_equal(Y.reshape(-1), [-INF, 7, 0])
+
+
 def test_epilogue_rounds_after_each_operation():
     # (3 * (1 + 2^-23)) - 3 in one rounding is 3 * 2^-23, in two it is 2^-21
     scale = np.float32(1 + 2.0**-23)
@@ -162,6 +207,10 @@ MALFORMED = {
     "x_scale 0 in float32": ("x_scale", 1e-46, "x_scale must be"),
     "x_scale infinite in float32": ("x_scale", 1e39, "x_scale must be"),
     "x_scale whole": ("x_scale", 1, "x_scale must be"),
+    "pool_kernel 0": ("pool_kernel", [0, 1], "pool_kernel must be 2 x integer in 1.."),
+    "pool_strides count": ("pool_strides", [1], "pool_strides must be"),
+    "pool_pads as wide as the pool": ("pool_pads", [0, 0, 1, 0], r"pool_pads must be below pool_kernel \[1, 1\], got"),
+    "pool too large": ("pool_kernel", [4, 1], "the \\[4, 1\\] pool is larger than the padded output"),
     "x_zero_point -1": ("x_zero_point", -1, "x_zero_point must be 1 x integer in 0..255"),
     "x_zero_point 256": ("x_zero_point", 256, "x_zero_point must be"),
     "x_zero_point float": ("x_zero_point", 1.0, "x_zero_point must be"),

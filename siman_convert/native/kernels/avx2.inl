@@ -16,6 +16,7 @@ struct EightFloats {
   static Vec set(float x) { return _mm256_set1_ps(x); }
   static Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
+  static Vec larger(Vec v, Vec m) { return _mm256_max_ps(v, m); }
   static Vec prelu(Vec v, Vec slope) {
     return _mm256_blendv_ps(mul(slope, v), v, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GE_OQ));
   }

@@ -126,18 +126,37 @@ void convolve_pixels(const Row& row, int64_t x, int64_t width, int32_t* acc) {
   row.template tile<P>(x, acc);
 }
 
-// Segments of at most 64 pixels, whole rows where they are short: their acc stays in the first-level cache until Y is
-// written. A row is cut into tiles of nearly the same width (7 pixels are 4 + 3, not 6 + 1).
-template <class Row, class Ops, class Floats, int F>
-void convolve_block(const ConvTask& t) {
-  constexpr int64_t kPixels = 64, kFilters = F * Ops::kLanes;
-  static_assert(kFilters % Floats::kLanes == 0 && kPixels % Floats::kLanes == 0);
-  int32_t acc[kPixels * kFilters] = {};
+// Has the lines of `count` pixels of Y brought in, for filters [first, last). Of a plane that begins within a line the
+// last one is left out.
+inline void fetch_lines(const ConvTask& t, size_t pixel, size_t count, int64_t first, int64_t last) {
+  constexpr size_t kLine = 64 / sizeof(float);
+  const size_t plane = static_cast<size_t>(t.rows.out * t.columns.out);
+  const float* y = t.y + static_cast<size_t>(first) * plane + pixel;
+  for (int64_t f = first; f < last; ++f, y += plane)
+    for (size_t i = 0; i < count; i += kLine) __builtin_prefetch(y + i, 1);
+}
+
+constexpr int64_t kSegment = 64;  // pixels
+
+// The acc of a segment. All 0 at first: what is left over of a vector is read before it is written.
+template <int kFilters>
+struct Acc {
+  int32_t sums[kSegment * kFilters] = {};
+};
+
+// Rows [row_begin, row_end) in segments of at most kSegment pixels, whole rows where they are short: their acc stays in
+// the first-level cache until finish(pixel, count) takes `count` pixels from flat position `pixel` on. A row is cut
+// into tiles of nearly the same width (7 pixels are 4 + 3, not 6 + 1).
+template <class Row, class Ops, int F, class Finish>
+void convolve_rows(const ConvTask& t, int64_t row_begin, int64_t row_end, Acc<F * Ops::kLanes>& segment,
+                   const Finish& finish) {
+  constexpr int64_t kFilters = F * Ops::kLanes;
+  int32_t* acc = segment.sums;
   Row row(t);
-  const int64_t chunks = round_up_div(t.columns.out, kPixels);
-  const int64_t rows_at_once = chunks > 1 ? 1 : kPixels / t.columns.out;
-  for (int64_t y = t.row_begin; y < t.row_end; y += rows_at_once) {
-    const int64_t rows = t.row_end - y < rows_at_once ? t.row_end - y : rows_at_once;
+  const int64_t chunks = round_up_div(t.columns.out, kSegment);
+  const int64_t rows_at_once = chunks > 1 ? 1 : kSegment / t.columns.out;
+  for (int64_t y = row_begin; y < row_end; y += rows_at_once) {
+    const int64_t rows = row_end - y < rows_at_once ? row_end - y : rows_at_once;
     for (int64_t k = 0; k < chunks; ++k) {
       const int64_t begin = k * t.columns.out / chunks, width = (k + 1) * t.columns.out / chunks - begin;
       const int64_t tiles = round_up_div(width, Ops::kPixels);
@@ -145,13 +164,26 @@ void convolve_block(const ConvTask& t) {
       for (int64_t r = 0; r < rows; ++r) {
         row.start(y + r);
         for (int64_t i = 0; i < tiles; ++i) {
+          // A few lines a tile: that many can be on their way at once.
+          const int64_t tile = r * tiles + i, all = rows * tiles;
+          if (t.fetch_y) fetch_lines(t, pixel, count, tile * t.filters / all, (tile + 1) * t.filters / all);
           const int64_t x = i * width / tiles, end = (i + 1) * width / tiles;
           convolve_pixels<Ops::kPixels>(row, begin + x, end - x, acc + (r * width + x) * kFilters);
         }
       }
-      epilogue<Floats>(t, acc, kFilters, pixel, count);
+      finish(pixel, count);
     }
   }
+}
+
+template <class Row, class Ops, class Floats, int F>
+void convolve_block(const ConvTask& t) {
+  constexpr int kFilters = F * Ops::kLanes;
+  static_assert(kFilters % Floats::kLanes == 0 && kSegment % Floats::kLanes == 0);
+  Acc<kFilters> acc;
+  convolve_rows<Row, Ops, F>(t, t.row_begin, t.row_end, acc, [&](size_t pixel, size_t count) {
+    epilogue<Floats>(t, acc.sums, kFilters, pixel, count);
+  });
 }
 
 template <template <class, int> class Row, class Ops, class Floats>

@@ -12,6 +12,7 @@ struct OneFloat {
   static Vec set(float x) { return x; }
   static Vec mul(Vec a, Vec b) { return a * b; }
   static Vec add(Vec a, Vec b) { return a + b; }
+  static Vec larger(Vec v, Vec m) { return v > m ? v : m; }
   static Vec prelu(Vec v, Vec slope) { return v >= 0 ? v : slope * v; }
   static Vec from_ints(const int32_t* x) { return static_cast<float>(*x); }
   static void transpose(Vec (&)[1]) {}

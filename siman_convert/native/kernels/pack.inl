@@ -7,14 +7,18 @@
 // append(Bits, Vec x, Vec threshold), words(Bits low, Bits high, uint64_t*). Ops: kWordBytes, store_word(uint8_t*,
 // uint64_t).
 
-// Of V vectors of pixels: as many planes as there are channels are read in turns, in pieces of a few cache lines.
+// Of V vectors of pixels: as many planes as there are channels are read in turns, in pieces of a few cache lines, which
+// is more than a processor foresees. So where there are several vectors, those after them are asked for.
 template <class Floats, int V>
 SIMAN_INLINE void compare_channels(const float* x, size_t plane, size_t channels, typename Floats::Vec threshold,
                                    typename Floats::Bits (&bits)[V]) {
   for (auto& vector : bits) vector = Floats::no_bits();
-  for (size_t c = channels; c-- > 0;)
-    for (int v = 0; v < V; ++v)
-      bits[v] = Floats::append(bits[v], Floats::load(x + c * plane + v * Floats::kLanes), threshold);
+  constexpr int kPixels = V * Floats::kLanes, kLine = 64 / sizeof(float);
+  for (size_t c = channels; c-- > 0;) {
+    const float* row = x + c * plane;
+    for (int i = 0; V > 1 && i < kPixels; i += kLine) __builtin_prefetch(row + kPixels + i);
+    for (int v = 0; v < V; ++v) bits[v] = Floats::append(bits[v], Floats::load(row + v * Floats::kLanes), threshold);
+  }
 }
 
 template <class Floats, class Ops, int V>

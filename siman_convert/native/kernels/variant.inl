@@ -5,6 +5,7 @@
 #include "convolve.inl"
 #include "binary.inl"
 #include "quantized.inl"
+#include "pool.inl"
 #include "ceiling.inl"
 
 template <class Ops>
@@ -19,6 +20,6 @@ constexpr Variant variant(const char* name) {
   return {name,
           {kernel<BinaryOps>(convolve<BinaryRow, BinaryOps, Floats>), sum_block<Doubles>, pack<Floats, One, BinaryOps>,
            BinaryOps::place, count_registers<BinaryOps>},
-          {kernel<QuantizedOps>(convolve<QuantizedRow, QuantizedOps, Floats>), sizeof(typename QuantizedOps::Code),
+          {kernel<QuantizedOps>(convolve_quantized<QuantizedOps, Floats>), sizeof(typename QuantizedOps::Code),
            quantize<Floats, QuantizedOps>, QuantizedOps::place}};
 }
