@@ -205,7 +205,7 @@ def test_teachers_that_cannot_teach(
 def test_dry_run_writes_nothing(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert converted(tmp_path / "runs", digits, "--dry-run") == 0
     out = capsys.readouterr().out
-    assert [line[:3] for line in out.splitlines() if line[1:3] == "/4"] == ["1/4", "2/4", "3/4", "4/4"]
+    assert [line[:3] for line in out.splitlines() if line[1:3] == "/5"] == [f"{n}/5" for n in range(1, 6)]
     assert "320 training and 97 validation images" in out
     assert "convolutions become binary" in out
     assert "in all" in out
@@ -309,7 +309,7 @@ def test_models_command_shows_what_the_sweep_found(capsys: pytest.CaptureFixture
     header, plain, deep = capsys.readouterr().out.splitlines()
     assert header.split("  ")[-1] == "from plan to ONNX"
     assert plain.split() == ["resnet18", "20", "16", "92.4", "%", "passed"]
-    assert deep.split() == ["resnet18d", "22", "18", "-", "passed", "as", "resnet18"]
+    assert deep.split() == ["resnet18d", "22", "18", "-", "passed", "as", "resnet10t"]
     assert siman(["models", "vit_tiny_patch16_224"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["vit_tiny_patch16_224", "1", "-", "-", "-"]
 
