@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint dist dist-aarch64 clean
+.PHONY: demo test lint docs dist dist-aarch64 clean
 
 demo: $(VENV)/installed
 	$(BIN)/siman convert resnet18 --data digits --weights none --recipe demo
@@ -20,6 +20,9 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(VENV)/installed
+	$(BIN)/python -W error docs/build.py
 
 # The wheel and the C library alone, for this machine or, with Debian's cross compiler, for 64-bit ARM.
 dist-aarch64: CROSS = CMAKE_TOOLCHAIN_FILE=$(CURDIR)/siman_convert/native/cmake/aarch64-linux-gnu.cmake \

@@ -9,7 +9,19 @@
     session(path)          an ONNX Runtime session with the native kernels
     verify(path)           whether an exported file computes what the network does
 
-Importing this package imports neither torch nor timm; using a name does.
+Importing this package imports neither torch nor timm; using a name does. From images to a file and back:
+
+>>> import siman_convert
+>>> from siman_convert.recipe import load_recipe
+>>> recipe = load_recipe("demo", {"fp_epochs": 1, "epochs": 1})
+>>> result = siman_convert.convert("test_resnet", "digits", weights="none", recipe=recipe)
+>>> exported = siman_convert.export(result.run, format="all")
+>>> siman_convert.evaluate(result.run).images
+359
+>>> [check.failures for check in siman_convert.verify(result.run, images=4).values()]  # of model.onnx, model.safetensors
+[[], []]
+>>> siman_convert.session(result.run / "model.onnx").get_inputs()[0].shape
+['batch', 3, 32, 32]
 """
 
 import importlib
@@ -58,7 +70,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'siman_convert' has no attribute {name!r}")
     module, inner = _HOMES[name]
-    return getattr(importlib.import_module(f"siman_convert.{module}"), inner)
+    return globals().setdefault(name, getattr(importlib.import_module(f"siman_convert.{module}"), inner))
 
 
 def __dir__() -> list[str]:

@@ -67,6 +67,9 @@ def half_bits(magnitudes: Tensor) -> Tensor:
     """Bits (C_out, n) of the high-magnitude half: 1 where |z| exceeds the filter's lower median.
 
     The comparison is strict: elements tied with the median are all 0, so ties leave fewer than floor(n/2) ones.
+
+    >>> half_bits(torch.tensor([[0.1, 2.0, 0.3, 1.5]]))
+    tensor([[False,  True, False,  True]])
     """
     return magnitudes > lower_medians(magnitudes)
 
@@ -89,6 +92,9 @@ def analytic_bits(magnitudes: Tensor) -> Tensor:
     """Bits (C_out, n) that maximise cos(b, |z|) over b in {0, 1}^n: the k* largest are 1 (the paper's closed form).
 
     k* = argmax_k sum_{i<=k} |z|_(i) / sqrt(k) with |z| sorted in descending order; O(n log n).
+
+    >>> analytic_bits(torch.tensor([[0.1, 2.0, 0.3, 0.2]]))  # sums over sqrt(k): 2.00, 1.63, 1.44, 1.30
+    tensor([[False,  True, False, False]])
     """
     values, order = magnitudes.sort(dim=1, descending=True, stable=True)
     k = torch.arange(1, values.shape[1] + 1, device=values.device, dtype=values.dtype)
@@ -198,10 +204,19 @@ def _signed_quantiles(count: int) -> Tensor:
 
 
 def projection_scale(rows: Tensor, bits: Tensor) -> Tensor:
-    """The scale (C_out,) that brings the +-1 weights nearest to `rows` in least squares: <w, 2b - 1> / n per filter."""
+    """The scale (C_out,) that brings the +-1 weights nearest to `rows` in least squares: <w, 2b - 1> / n per filter.
+
+    >>> weights = torch.tensor([[0.5, -1.0, 0.25, -0.25]])
+    >>> projection_scale(weights, weights > 0)
+    tensor([0.5000])
+    """
     return torch.where(bits, rows, -rows).mean(dim=1)
 
 
 def clip_percent(epoch: int, epochs: int, start: float = 15.0) -> float:
-    """The clip of an epoch, in percent: start * (1 - epoch/epochs), falling linearly (15 in the paper)."""
+    """The clip of an epoch, in percent: start * (1 - epoch/epochs), falling linearly (15 in the paper).
+
+    >>> [clip_percent(epoch, epochs=4) for epoch in range(4)]
+    [15.0, 11.25, 7.5, 3.75]
+    """
     return start * (1.0 - epoch / epochs)

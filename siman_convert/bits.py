@@ -31,7 +31,13 @@ def packed_bytes(channels: int) -> int:
 
 
 def pack_weight_bits(bits: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """(O, C/g, kH, kW) bool, True meaning +1, to (O, kH, kW, ceil(C/g / 8)) uint8."""
+    """(O, C/g, kH, kW) bool, True meaning +1, to (O, kH, kW, ceil(C/g / 8)) uint8.
+
+    >>> bits = np.zeros((1, 10, 1, 1), dtype=np.bool_)
+    >>> bits[0, [0, 3, 8]] = True
+    >>> pack_weight_bits(bits)
+    array([[[[9, 1]]]], dtype=uint8)
+    """
     if bits.dtype != np.bool_:
         raise InputError(
             f"weight bits: expected dtype bool, got {bits.dtype}; compare the weights with a threshold first"
@@ -43,7 +49,11 @@ def pack_weight_bits(bits: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
 
 
 def unpack_weight_bits(packed: npt.NDArray[np.uint8], channels: int) -> npt.NDArray[np.bool_]:
-    """(O, kH, kW, ceil(channels / 8)) uint8 to (O, channels, kH, kW) bool; `channels` is C/group."""
+    """(O, kH, kW, ceil(channels / 8)) uint8 to (O, channels, kH, kW) bool; `channels` is C/group.
+
+    >>> unpack_weight_bits(np.array([[[[5]]]], dtype=np.uint8), channels=3).ravel()
+    array([ True, False,  True])
+    """
     check_packed(packed, channels)
     bits = np.unpackbits(packed, axis=-1, count=channels, bitorder="little")  # (O, kH, kW, C/g) of 0 and 1
     return np.ascontiguousarray(bits.transpose(0, 3, 1, 2)).view(np.bool_)

@@ -25,7 +25,14 @@ def plan(
     prelu: bool = False,
     shifts: bool = False,
 ) -> Plan:
-    """What would become binary in a timm model, given by name or as a module, and why; see `plans.make_plan`."""
+    """What would become binary in a timm model, given by name or as a module, and why; see `plans.make_plan`.
+
+    >>> from siman_convert import plan
+    >>> for decision in plan("resnet18").decisions[:2]:
+    ...     print(decision.name, decision.binarize, "-", decision.reason)
+    conv1 False - stem: reads the image
+    layer1.0.conv1 True - 576 taps a filter
+    """
     module, name = (model, "") if isinstance(model, nn.Module) else (_on_meta(model, None), model)
     return make_plan(
         module,

@@ -62,6 +62,12 @@ class SiMaNConv2d(nn.Conv2d):
 
     Training: threshold and statistics in float32 (float64 for float64 input) whatever autocast says.
     Eval: the threshold is the float64 mean rounded to float32, as in every runtime, and the integer convolution is exact.
+
+    >>> layer = SiMaNConv2d.from_float(nn.Conv2d(8, 16, 3, padding=1, bias=False))
+    >>> layer(torch.randn(2, 8, 5, 5)).shape
+    torch.Size([2, 16, 5, 5])
+    >>> layer.bits().shape, layer.bits().dtype, int(layer.bits()[0].sum())  # half of the 72 weights of a filter
+    (torch.Size([16, 8, 3, 3]), torch.bool, 36)
     """
 
     def __init__(

@@ -237,7 +237,12 @@ class ResolvedStage:
 
 
 def load_recipe(name: str = "finetune", overrides: Mapping[str, Any] | None = None) -> Recipe:
-    """The recipe of that name or file, with `overrides` (field -> value, or its text) on top. Raises InputError."""
+    """The recipe of that name or file, with `overrides` (field -> value, or its text) on top. Raises InputError.
+
+    >>> recipe = load_recipe("quick", {"lr": "1e-3"})
+    >>> recipe.epochs, recipe.lr, recipe.opt
+    (6, 0.001, 'adamw')
+    """
     return build_recipe({**read_recipe_fields(name), **(overrides or {})}, origin=f"recipe {name}")
 
 

@@ -23,8 +23,6 @@ siman.QuantizedConv2d, with integers; `onnx_quantized_op` gives the formula and 
 infinities clip; the last three corners above hold here too, and a NaN behind the slope is left out of a pool.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
