@@ -1,28 +1,25 @@
 """Every command block of README.md and docs/*.md, run as it stands there but for what SMALLER shrinks.
 
-`make demo` and `make test` are run by .ci/run. A block is a fenced `sh`, `console` or `python` one; all blocks of a document run in one folder,
+`make demo` and `make test` are run by .ci/run. Fenced `sh` and `python` blocks of a document run in one folder,
 in their order, as someone does who follows the page. That takes minutes: `pytest -m slow tests/test_readme.py`.
 """
 
-import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from PIL import Image
-
 from exported_run import digits_of_several_sizes
+from PIL import Image
 
 TOP = Path(__file__).parent.parent
 DOCUMENTS = [TOP / "README.md", *sorted((TOP / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(sh|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BY_CI = ("make demo", "make test")
-SMALLER = {  # what is on the page -> what runs here: the same commands on a small network, few images and this machine's processes
+SMALLER = {  # on the page -> here: the same commands on a small network, few images, one or two processes
     r"\bresnet18\b": "test_resnet",
     r"/imagenet\b": "photos",
     r"--data photos( --epochs 30)?": "--data photos --img-size 32 --weights none --set calibration_images=40 --epochs 1",
