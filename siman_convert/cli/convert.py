@@ -116,6 +116,9 @@ def convert(
     save_every: Annotated[
         float | None, _option(panel=MACHINE, min=0.0, help="Minutes between states saved within an epoch.")
     ] = None,
+    track: Annotated[
+        list[str], _option("--track", panel=MACHINE, help="tensorboard or wandb: show the run there while it trains.")
+    ] = [],
     as_json: Json = False,
 ) -> None:
     """Convert a model and fine-tune it.
@@ -143,7 +146,7 @@ def convert(
     from siman_convert.conversion import resume as go_on
     from siman_convert.runs import find_run
 
-    options = Options(output, experiment, device, workers, save_every, dry_run)
+    options = Options(output, experiment, device, workers, save_every, dry_run, tuple(track))
     with Terminal(quiet=as_json, silent=not launch.is_main()) as terminal:
         try:
             if resume is None:
@@ -161,7 +164,7 @@ def convert(
                 _refuse_changes(run, named, recipe, overrides)
                 result = go_on(run, options=options, watcher=terminal)
         except Interrupted as error:
-            raise Interrupted(f"{error}; {_again(error.run, device, workers, save_every)}") from None
+            raise Interrupted(f"{error}; {_again(error.run, device, workers, save_every, track)}") from None
     launch.leave()
     if not launch.is_main():
         return
@@ -173,12 +176,13 @@ def convert(
         _print_result(result)
 
 
-def _again(run: Path | None, device: str, workers: int, save_every: float | None) -> str:
+def _again(run: Path | None, device: str, workers: int, save_every: float | None, track: list[str]) -> str:
     """The command that goes on, with the flags that are not part of the run."""
     if run is None:
         return "go on with: the same command"
     start = "go on, under the same launcher, with: -m siman_convert" if launch.processes() > 1 else "go on with: siman"
     flags = [("--device", device, "auto"), ("-j", workers, 0), ("--save-every", save_every, None)]
+    flags += [("--track", name, None) for name in track]
     values = [f"{flag} {value}" for flag, value, usual in flags if value != usual]
     return " ".join([start, "convert --resume", shlex.quote(str(run)), *values])
 
