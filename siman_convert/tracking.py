@@ -1,8 +1,9 @@
 """Showing a run in TensorBoard or Weights & Biases while it trains, through accelerate's trackers.
 
-metrics.jsonl is the source of truth: point n is its line n, under `<phase>/<figure>`. When a run is resumed all lines it has are
-told again under the same numbers, so that a point lost in a kill comes back and none appears twice: TensorBoard's former files are
-replaced, and W&B, which keeps what it has, is spared the lines it knows. Nothing here is part of the recipe or draws random numbers.
+metrics.jsonl is the source of truth: point n is its line n, under `<phase>/<figure>`. When a run is resumed all lines it has
+are told again under the same numbers, so that a point lost in a kill comes back and none appears twice: TensorBoard's former
+files are emptied, and W&B, which keeps what it has, is spared the lines it knows. Nothing here is part of the recipe or draws
+random numbers.
 """
 
 from __future__ import annotations

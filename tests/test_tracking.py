@@ -1,4 +1,4 @@
-"""--track: what TensorBoard's files and W&B are told is metrics.jsonl, whatever was killed meanwhile, and training is as without."""
+"""--track: what TensorBoard and W&B are told is metrics.jsonl, whatever was killed meanwhile, and training is as without."""
 
 import json
 import subprocess
@@ -108,7 +108,7 @@ def test_killed_and_resumed_no_point_is_doubled_or_lost(digits: Path, tmp_path: 
     require_points_of(run, open_meanwhile)
 
 
-def test_resumed_without_tracking_and_with_it_again(tracked: Run, digits: Path, tmp_path: Path) -> None:
+def test_resumed_without_tracking_and_with_it_again(digits: Path, tmp_path: Path) -> None:
     """Lines of the time without are told as well."""
     assert siman(command(tmp_path, digits)) == 0
     run = Run(tmp_path / "run")

@@ -36,6 +36,10 @@ def export(
         str | None, typer.Option("--data", "--data-dir", help="Images to verify and calibrate on; default: the run's.")
     ] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="Images to verify on.")] = 256,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="NAME", help="Upload files and model card to the Hugging Face hub."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export to one file, verified on real images before it is written.
@@ -62,6 +66,7 @@ def export(
             with_preprocess=with_preprocess,
             data=data,
             images=images,
+            push_to_hub=push_to_hub,
             runs=RUNS,
             watcher=terminal,
         )
@@ -73,8 +78,8 @@ def export(
 
 def _print(exported: Exported) -> None:
     from siman_convert.cli.int8_text import quantization_lines
-    from siman_convert.cli.snippet import snippet
     from siman_convert.cli.verification_text import summary_lines
+    from siman_convert.snippet import snippet
 
     costs, folding, accuracy = exported.costs, exported.folding, exported.description.accuracy
     print(f"folded    {_folded(folding)}")
@@ -99,6 +104,10 @@ def _print(exported: Exported) -> None:
         print(f"verified  {line}")
     for path in exported.files:
         print(f"wrote     {path}  {megabytes(path.stat().st_size)}")
+    if exported.card:
+        print(f"wrote     {exported.card}  the model card")
+    if exported.uploaded_to:
+        print(f"uploaded  {exported.uploaded_to}")
     for path in exported.files:
         print(f"\n{snippet(path, exported.description, exported.variant)}")
 
@@ -116,6 +125,8 @@ def _record(exported: Exported) -> dict[str, Any]:
     costs, folding = exported.costs, exported.folding
     return {
         "files": [{"path": str(path), "bytes": path.stat().st_size} for path in exported.files],
+        "card": str(exported.card) if exported.card else None,
+        "uploaded_to": exported.uploaded_to,
         "weights": {"bytes_before": costs.bytes_before, "bytes_after": costs.bytes_after},
         "folding": {
             "operators": folding.operators,
