@@ -19,8 +19,8 @@ ORDER = [
     "onnx_quantized_op", "runtime", "metrics", "models", "runs", "frozen", "description", "metadata", "packed", "onnx_fold",
     "onnx_file", "onnx_preprocess", "onnx_int8_plan", "onnx_int8_conv", "onnx_int8", "onnx_export", "subjects", "backends",
     "watch", "tracking", "calibrate", "objective", "schedule", "train", "evaluation", "operator_check", "verification",
-    "prediction", "snippet", "card", "publishing", "exporting", "benchmark", "inspection", "duration", "trial", "preparation", "conversion",
-    "doctor", "cli",
+    "prediction", "snippet", "card", "publishing", "exporting", "benchmark", "inspection", "duration", "trial", "preparation",
+    "conversion", "doctor", "cli",
 ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siman_convert.cli.common import RUNS, Json, megabytes, percent, print_json
+from siman_convert.cli import complete
+from siman_convert.cli.common import QUIET, RUNS, Json, megabytes, percent, print_json
 
 if TYPE_CHECKING:
     from siman_convert.exporting import Exported
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 def export(
     what: Annotated[
-        str | None, typer.Argument(metavar="[RUN|FILE]", help="A run, or a .safetensors file; default: the newest run.")
+        str | None,
+        typer.Argument(
+            metavar="[RUN|FILE]",
+            help="A run, or a .safetensors file; default: the newest run.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     format: Annotated[str, typer.Option("--format", help="onnx, safetensors or all (both).")] = "onnx",
     output: Annotated[
@@ -55,7 +61,7 @@ def export(
         raise InputError(f"--format {format!r}: expected {', '.join(FORMATS)}")
     if last and what is not None and is_file(what):
         raise InputError(f"{what} holds one network; --last is for runs")
-    with Terminal(quiet=as_json) as terminal:
+    with Terminal(aside=as_json) as terminal:
         exported = export(
             what,
             format=format,
@@ -108,7 +114,7 @@ def _print(exported: Exported) -> None:
         print(f"wrote     {exported.card}  the model card")
     if exported.uploaded_to:
         print(f"uploaded  {exported.uploaded_to}")
-    for path in exported.files:
+    for path in exported.files if not QUIET.get() else ():
         print(f"\n{snippet(path, exported.description, exported.variant)}")
 
 
