@@ -252,9 +252,8 @@ def _base_model(run: Run | None) -> str | None:
     from timm.models import get_pretrained_cfg
 
     cfg = get_pretrained_cfg(run.info().model)
-    if cfg is None or cfg.hf_hub_id != "timm/":
-        return None
-    return f"timm/{cfg.architecture}.{cfg.tag}"
+    named = str(cfg.hf_hub_id) if cfg else ""
+    return named if named.startswith("timm/") else None
 
 
 def _yaml(fields: dict[str, object]) -> str:

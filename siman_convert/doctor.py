@@ -29,7 +29,7 @@ SETTINGS = (
     "NO_COLOR", "FORCE_COLOR",
 )  # fmt: skip  # variables whose values may be shown; of HF_TOKEN and the like only that they are set
 LITTLE_DISK, LITTLE_MEMORY, LITTLE_SHARED = 2 << 30, 2 << 30, 256 << 20  # bytes
-_HOME = re.compile(r"/(?:home|Users|root)(?:/[^/\s'\":,;)]+|(?=/|\b))|[A-Z]:\\Users\\[^\\\s]+")
+_HOME = re.compile(r"/(?:home|Users)/[^/\s'\":,;)]+|/root(?![\w-])|[A-Z]:\\Users\\[^\\\s]+")
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def examine(runs: Path = Path("runs")) -> Report:
 
 def anonymous(text: str) -> str:
     """The text on one line, without home folders."""
-    return _HOME.sub("~", one_line(text).replace(str(Path.home()), "~"))
+    own = re.escape(str(Path.home())) + r"(?![\w-])"
+    return _HOME.sub("~", re.sub(own, "~", one_line(text)))
 
 
 def _versions(report: Report) -> None:
@@ -76,15 +77,20 @@ def _versions(report: Report) -> None:
     report.facts["siman"] = found.pop("siman-convert")
     report.facts["python"] = f"{platform.python_version()} ({platform.python_implementation()})"
     libc = " ".join(platform.libc_ver()).strip()
-    report.facts["system"] = (
-        f"{platform.system()} {platform.release()} {platform.machine()}{f', {libc}' if libc else ''}"
-    )
+    report.facts["system"] = f"{_system()}, {platform.machine()}{f', {libc}' if libc else ''}"
     report.facts["packages"] = ", ".join(f"{name} {version}" for name, version in found.items() if version != "unknown")
     absent = [name for name in OPTIONAL if found[name] == "unknown"]
     report.facts["not installed"] = ", ".join(absent) or "nothing"
     for name in PACKAGES[1:]:
         if found[name] == "unknown":
             report.problems.append(Problem(f"{name} is not installed", f"pip install {name}", serious=True))
+
+
+def _system() -> str:
+    try:
+        return platform.freedesktop_os_release()["PRETTY_NAME"]
+    except (OSError, KeyError):  # not Linux
+        return f"{platform.system()} {platform.release()}"
 
 
 def _processor(report: Report) -> None:

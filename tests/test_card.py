@@ -1,4 +1,4 @@
-"""The model card beside an export: the hub's library reads it, its figures are measured ones, and no name in it can do anything."""
+"""The model card beside an export: the hub's library reads it, its figures are measured ones, no name in it can do anything."""
 
 # ruff: noqa: F811  parameters are named as the fixtures that are imported
 
@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from packed_models import one_thread  # noqa: F401  a fixture
 from PIL import Image
 
-from siman_convert import InputError, evaluate, export, exporting, load
+from siman_convert import evaluate, export, exporting, load
 from siman_convert.card import MARK, escape
 from siman_convert.cli import run as siman
 from siman_convert.description import Accuracy, describe, description_of
@@ -75,7 +75,11 @@ def test_sizes_and_digests_are_those_of_the_files(life: Life) -> None:
 def test_nothing_of_this_machine_is_named(copied: Life) -> None:
     """Paths of data, run and teacher are the user's own affair."""
     recipe = copied.run.folder / "recipe.yaml"
-    recipe.write_text(recipe.read_text().replace("teacher: null", "teacher: resnet18=/home/somebody/t.pth"))
+    recipe.write_text(
+        recipe.read_text()
+        .replace("teacher: null", "teacher: resnet18=/home/somebody/t.pth")
+        .replace("distill_weight: 0.0", "distill_weight: 0.5")
+    )
     text = export(copied.run.folder, format="safetensors").card.read_text()  # type: ignore[union-attr]
     assert "    teacher: resnet18\n" in text
     for private in ("/home", str(copied.folder), copied.run.name, copied.run.info().data):
@@ -116,9 +120,9 @@ def test_names_of_users_do_nothing(hostile: Exported) -> None:
     assert data["model-index"][0]["results"][0]["dataset"]["name"] == " --- license: mit <b>data</b>"
     html = MarkdownIt("gfm-like", {"linkify": False}).render(card.content.split("---\n", 2)[2])
     allowed = {"p", "h1", "h2", "table", "thead", "tbody", "tr", "th", "td", "pre", "code", "a"}
-    assert {tag for tag in re.findall(r"<([a-z0-9]+)", html)} == allowed
+    assert set(re.findall(r"<([a-z0-9]+)", html)) == allowed
     assert {link.split("/")[2] for link in re.findall(r'href="([^"]*)"', html)} == {"github.com", "arxiv.org"}
-    assert len(re.findall(r"<h[12]>", html)) == 8
+    assert len(re.findall(r"<h[12]>", html)) == 7
 
 
 @pytest.mark.parametrize("text", HOSTILE)
@@ -133,7 +137,7 @@ def test_escaped_text_is_shown_as_it_is(text: str) -> None:
         shown = shown.replace(entity, character)
     plain = "".join(c if c.isprintable() else " " for c in text).strip() or "(no name)"
     assert shown == f"before {plain} after"
-    assert "://" not in escape(text)
+    assert not re.search(r"(?<!\\)://", escape(text))
     assert "www." not in escape(text)
 
 
@@ -165,7 +169,8 @@ def test_the_card_is_renamed_last(life: Life, tmp_path: Path, monkeypatch: pytes
     real = Path.replace
 
     def record(self: Path, target: Any) -> Path:
-        renamed.append(Path(target).name)
+        if Path(target).parent == tmp_path and Path(target).name[0] != ".":
+            renamed.append(Path(target).name)
         return real(self, target)
 
     monkeypatch.setattr(Path, "replace", record)
@@ -180,13 +185,7 @@ def test_a_pretrained_start_names_timms_weights(copied: Life) -> None:
     info = json.loads(file.read_text())
     file.write_text(json.dumps({**info, "weights": "pretrained", "data": "hfds/ylecun/mnist"}))
     assert Run(copied.run.folder).info().weights == "pretrained"
-    with pytest.raises(InputError):
-        export(copied.run.folder)  # those data are not here
-    exported = export(copied.run.folder, format="safetensors", data=life_data(info))
+    exported = export(copied.run.folder, format="safetensors", data=str(info["data"]), images=4)
     data = card_of(exported).data.to_dict()
     assert data["base_model"] == "timm/test_resnet.r160_in1k"
     assert data["datasets"] == ["ylecun/mnist"]
-
-
-def life_data(info: dict[str, Any]) -> str:
-    return str(info["data"])
