@@ -36,6 +36,7 @@ from siman_convert.runs import Progress, Run, RunInfo, require_usable, run_name
 from siman_convert.schedule import Span
 from siman_convert.subjects import load_run_model
 from siman_convert.surgery import apply_plan, binary_layers
+from siman_convert.tracking import require_trackers, tracked
 from siman_convert.train import Phase, save_weights
 from siman_convert.watch import Watcher
 
@@ -49,6 +50,7 @@ class Options:
     """What decides where and on what a conversion runs, but not what it computes.
 
     device: "auto", "cpu", "cuda" or "cuda:1". save_every: minutes between states within an epoch, None for never.
+    track: names of `tracking.TRACKERS` that the evaluations are told to as well.
     """
 
     output: Path = Path("runs")
@@ -57,6 +59,7 @@ class Options:
     workers: int = 0
     save_every: float | None = None
     dry_run: bool = False
+    track: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,7 @@ def convert(
     recipe, options, watcher = recipe or Recipe(), options or Options(), watcher or Watcher()
     with one_line_errors(recipe.batch_size, recipe.grad_accum_steps), stopping_on_signals() as stop:
         require_known(model)
+        require_trackers(options.track)
         require_usable(options.output, options.experiment)
         accelerator = _accelerator(recipe, options.device)
         watcher = watcher if accelerator.is_main_process else Watcher()
@@ -110,7 +114,7 @@ def convert(
         if options.dry_run:
             return None
         run = _create_run(job, options, accelerator)
-        with _holding(run, accelerator.is_main_process):
+        with _holding(run, accelerator.is_main_process), tracked(run, options.track, watcher) as watcher:
             return _train(job, run, options, watcher, stop)
 
 
@@ -119,6 +123,7 @@ def resume(run: Run, *, options: Options | None = None, watcher: Watcher | None 
     options, watcher = options or Options(), watcher or Watcher()
     recipe = run.recipe()
     with one_line_errors(recipe.batch_size, recipe.grad_accum_steps), stopping_on_signals() as stop:
+        require_trackers(options.track)
         accelerator = _accelerator(recipe, options.device)
         return _go_on(run, accelerator, options, watcher if accelerator.is_main_process else Watcher(), stop)
 
@@ -133,7 +138,10 @@ def _go_on(run: Run, accelerator: Accelerator, options: Options, watcher: Watche
         check_environment(accelerator.device, accelerator.num_processes, run.recipe(), watcher)
         job = check_resumed_job(run, options.workers, watcher)
         stop.check("stopped before training went on")
-        return None if options.dry_run else _train(job, run, options, watcher, stop)
+        if options.dry_run:
+            return None
+        with tracked(run, options.track, watcher) as watcher:
+            return _train(job, run, options, watcher, stop)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """`siman export`: a trained network to one self-contained file, verified on real images before it gets its name.
 
-    run or packed file -> packed model -> (half) -> ONNX graph -> (int8) -> (preprocessing) -> verification -> file
+    run or packed file -> packed model -> (half) -> ONNX graph -> (int8) -> (preprocessing) -> verification -> file -> card
 
 Nothing appears under its final name unless everything, verification included, went well.
 """
@@ -8,7 +8,8 @@ Nothing appears under its final name unless everything, verification included, w
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,14 @@ import torch
 from torch import nn
 
 from siman_convert.backends import OnnxRuntimeModel
+from siman_convert.card import NAME as CARD
+from siman_convert.card import Facts, File, is_replaceable, model_card
 from siman_convert.costs import Costs, plan_costs
 from siman_convert.data import Preprocess, Source, eval_transform, spread_batches
 from siman_convert.description import Description, description_of
 from siman_convert.errors import InputError, MismatchError, SimanError
 from siman_convert.files import disk_errors, replacing
-from siman_convert.metrics import Metrics, evaluate_model
+from siman_convert.metrics import AccuracyChange, Metrics, evaluate_model
 from siman_convert.models import create
 from siman_convert.onnx_export import build_onnx
 from siman_convert.onnx_file import Variant, parse_onnx, seal
@@ -34,6 +37,7 @@ from siman_convert.onnx_int8 import quantize_rest
 from siman_convert.onnx_int8_plan import Quantization
 from siman_convert.onnx_preprocess import add_preprocess
 from siman_convert.packed import load, round_to_half, save_packed
+from siman_convert.publishing import push, require_pushable
 from siman_convert.runs import require_usable
 from siman_convert.subjects import SUFFIXES, Subject, Which, open_subject
 from siman_convert.verification import IMAGES, Verification, different_tensors, verification_source, verify_file
@@ -46,17 +50,11 @@ BATCH = 32
 
 
 @dataclass(frozen=True)
-class AccuracyChange:
-    """Top-1, percent, of the same `images` validation images before and after weights were rounded."""
-
-    before: float
-    after: float
-    images: int
-
-
-@dataclass(frozen=True)
 class Exported:
-    """What an export wrote and found. costs: the plan's figures, as `siman inspect` gives them; quantization: of int8."""
+    """What an export wrote and found. costs: the plan's figures, as `siman inspect` gives them; quantization: of int8.
+
+    card: the model card beside the files; None where a README.md of somebody else's stands. uploaded_to: an address, or None.
+    """
 
     files: tuple[Path, ...]
     description: Description
@@ -66,6 +64,8 @@ class Exported:
     costs: Costs
     change: AccuracyChange | None
     verification: Verification
+    card: Path | None
+    uploaded_to: str | None
 
 
 @dataclass(frozen=True)
@@ -91,6 +91,7 @@ def export(
     with_preprocess: bool = False,
     data: str | None = None,
     images: int = IMAGES,
+    push_to_hub: str | None = None,
     runs: Path = Path("runs"),
     watcher: Watcher | None = None,
 ) -> Exported:
@@ -99,6 +100,7 @@ def export(
     `output`: a file, or a folder; None: the run's folder, or the file's. `half`: remaining full-precision weights as
     float16. `int8`: remaining convolutions and the classifier in 8 bits, calibrated on training images. `with_preprocess`:
     the ONNX graph takes decoded images. `data`: what to verify and calibrate on; None: the run's own. `images`: how many.
+    `push_to_hub`: a repository of the Hugging Face hub, NAME or USER/NAME, that files and card are uploaded to in the end.
 
     Raises InputError for what cannot be, SimanError where an exporter fails, MismatchError where the file would not
     compute what the network does; nothing is written then.
@@ -107,6 +109,7 @@ def export(
     _check_options(format, half, int8, with_preprocess)
     subject = _open(what, runs, which)
     targets = _targets(subject, format, None if output is None else Path(output))
+    repository = None if push_to_hub is None else require_pushable(push_to_hub)
     source, own = verification_source(subject, data, watcher)
     watcher.say(f"writing the graph of {subject.name}")
     built = _build(subject, half, int8, with_preprocess, source if own else None, images)
@@ -114,13 +117,21 @@ def export(
     if verification.failures:
         more = f" ({len(verification.failures) - 1} more)" if len(verification.failures) > 1 else ""
         raise MismatchError(f"the exported file is wrong, nothing was written: {verification.failures[0]}{more}")
-    _write_all(built, targets)
     description = description_of(built.packed)
     with torch.device("meta"):
         skeleton = create(description.architecture, len(description.classes))
     costs = plan_costs(skeleton, description.plan)
-    found = built.folding, built.quantization, costs, built.change, verification
-    return Exported(targets, description, built.variant, *found)
+
+    def card_of(files: Sequence[File]) -> str:
+        return model_card(Facts(files, description, built.variant, costs, built.change, verification, subject.run))
+
+    text, card = _write_all(built, targets, card_of)
+    if card is None:
+        watcher.note(f"{targets[0].parent / CARD} is not siman's: it stays, and no model card is written")
+    found = built.folding, built.quantization, costs, built.change, verification, card
+    return Exported(
+        targets, description, built.variant, *found, push(repository, targets, text) if repository else None
+    )
 
 
 def _build(
@@ -164,17 +175,36 @@ def _change(before: Metrics | None, after: Metrics | None) -> AccuracyChange | N
     return AccuracyChange(before.top1, after.top1, after.images) if before and after else None
 
 
-def _write_all(built: _Built, targets: tuple[Path, ...]) -> None:
-    """All files under temporary names first, then all renamed."""
-    with ExitStack() as stack:
+def _write_all(
+    built: _Built, targets: tuple[Path, ...], card_of: Callable[[Sequence[File]], str]
+) -> tuple[str, Path | None]:
+    """All files under temporary names first, then all renamed, the card last: it never tells of a file that is not there yet.
+
+    Returns the card's text, and where it is; None where a README.md that is not ours stands.
+    """
+    card = targets[0].parent / CARD
+    ours = is_replaceable(card)
+    with ExitStack() as stack:  # leaves in reverse: what is entered last is renamed first
+        stack.enter_context(disk_errors(card))
+        stack.enter_context(_folder(card.parent))
+        temporary_card = stack.enter_context(replacing(card)) if ours else None
+        files = []
         for target in targets:
             stack.enter_context(disk_errors(target))
-            stack.enter_context(_folder(target.parent))
             temporary = stack.enter_context(replacing(target))
             if target.suffix == ".onnx":
                 temporary.write_bytes(built.onnx)
             else:
                 _write_packed(built.packed, temporary, target)
+            files.append(_file(target.name, temporary.read_bytes()))
+        text = card_of(files)
+        if temporary_card:
+            temporary_card.write_text(text, encoding="utf-8", newline="\n")
+    return text, card if ours else None
+
+
+def _file(name: str, data: bytes) -> File:
+    return File(name, len(data), hashlib.sha256(data).hexdigest())
 
 
 def _write_packed(packed: nn.Module, temporary: Path, target: Path) -> None:

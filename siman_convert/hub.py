@@ -28,12 +28,12 @@ def require_weights_in_reach(name: str) -> None:
 def require_answer(name: str, url: str) -> None:
     """Raise InputError unless the server of `url`, which has the weights of `name`, answers (or is not to be asked)."""
     offline = constants.HF_HUB_OFFLINE
-    if offline or not _answers(url):
+    if offline or not answers(url):
         why = "HF_HUB_OFFLINE is set" if offline else f"no answer from {url.split('/')[2]} in {PROBE_SECONDS:.0f} s"
         raise InputError(f"{name}: pretrained weights are not in the local cache and {why}; {WAYS_OUT}")
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     """Whether a server answers at all, whatever it says. In a thread, since name resolution knows no time-out."""
     answered = threading.Event()
     finished = threading.Event()

@@ -30,6 +30,15 @@ class Metrics:
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
 
+@dataclass(frozen=True)
+class AccuracyChange:
+    """Top-1, percent, of the same `images` validation images before and after weights were rounded."""
+
+    before: float
+    after: float
+    images: int
+
+
 @torch.no_grad()
 def evaluate_model(
     model: nn.Module,

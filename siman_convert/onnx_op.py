@@ -26,6 +26,8 @@ that follows can tell the difference. Every other value, infinities included, is
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import onnx
@@ -143,6 +145,26 @@ def function_body(opset: int) -> onnx.FunctionProto:
     table = next(node for node in function.node if "weights_of_byte" in node.output)
     table.attribute.append(onnx.helper.make_attribute("value", numpy_helper.from_array(_weights_of_byte())))
     return function
+
+
+def sample_model() -> onnx.ModelProto:
+    """One operator with its function: X float (N, 40, 9, 7) to Y float (N, 5, 5, 7); all that it can do but groups."""
+    rng = np.random.default_rng(0)
+    weights = rng.integers(0, 256, (5, 3, 3, 5)).astype(np.uint8)
+    constants: dict[str, npt.NDArray[Any]] = {"W": weights, "residual": np.zeros((1, 1, 1, 1), np.float32)}
+    constants |= {name: rng.normal(size=5).astype(np.float32) for name in ("scale", "bias", "slope")}
+    node = onnx.helper.make_node(
+        OP_NAME, INPUTS, ["Y"], "sample", domain=DOMAIN, channels=40, strides=[2, 1], pads=[1, 1, 1, 1], dilations=[1, 1],
+        group=1, center=1,
+    )  # fmt: skip
+    x, y = (
+        onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, ["N", *shape])
+        for name, shape in (("X", (40, 9, 7)), ("Y", (5, 5, 7)))
+    )
+    tensors = [numpy_helper.from_array(constants[name], name) for name in INPUTS[1:]]
+    graph = onnx.helper.make_graph([node], "sample", [x], [y], tensors)
+    imports = [onnx.helper.make_opsetid("", MIN_OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
+    return onnx.helper.make_model(graph, opset_imports=imports, functions=[function_body(MIN_OPSET)], ir_version=10)
 
 
 def parse_body(text: str, name: str, opset: int) -> onnx.FunctionProto:

@@ -3,30 +3,48 @@
 Nothing here imports torch or timm before a command that needs them runs: `siman --help` has to answer at once.
 """
 
+import logging
 import os
 import sys
+import traceback
 from typing import Annotated, Literal
 
 import typer
+from typer.completion import (  # type: ignore[attr-defined, unused-ignore]
+    Shells,
+    completion_init,
+    install_callback,
+    show_callback,
+)
 
-from siman_convert.cli import bench, convert, evaluate, export, inspect, models, predict, recipes, runs, verify
+from siman_convert.cli import bench, convert, doctor, evaluate, export, inspect, models, predict, recipes, runs, verify
+from siman_convert.cli.common import QUIET
 from siman_convert.errors import SimanError
 from siman_convert.launch import fails_first
 
 HELP = """Turn a timm CNN into a binary neural network, and export one small file.
 
 \b
-  siman inspect resnet18                                what would become binary
   siman convert resnet18 --data /imagenet --epochs 30   convert and fine-tune
   siman export --format onnx                            one file that runs everywhere
   siman eval                                            accuracy of the newest run
 """
+EXIT_CODES = "Exit codes: 0 done, 2 wrong usage or input, 3 mismatch found, 1 other failures, 130 interrupted."
+QUIETLY, VERBOSELY = ("-q", "--quiet"), ("-v", "--verbose", "--debug")
 
 
 def make_app(rich_help: bool = True) -> typer.Typer:
     """The commands. rich's help has panels but takes 0.1 s more to import: the overview does without."""
     mode: Literal["rich"] | None = "rich" if rich_help else None
-    app = typer.Typer(name="siman", help=HELP, rich_markup_mode=mode, pretty_exceptions_enable=False)
+    completion_init()
+    app = typer.Typer(
+        name="siman",
+        help=HELP,
+        epilog=EXIT_CODES,
+        rich_markup_mode=mode,
+        pretty_exceptions_enable=False,
+        add_completion=False,
+    )
     app.callback()(options)
     app.command("convert")(convert.convert)
     app.command("eval")(evaluate.evaluate)
@@ -37,6 +55,7 @@ def make_app(rich_help: bool = True) -> typer.Typer:
     app.command("inspect")(inspect.inspect)
     app.command("models")(models.models)
     app.command("runs")(runs.runs)
+    app.command("doctor")(doctor.doctor)
     app.add_typer(recipes.app, name="recipes")
     return app
 
@@ -53,9 +72,30 @@ def options(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; may stand anywhere in the line.")] = False,
+    quiet: Annotated[bool, typer.Option(*QUIETLY, help="Print results and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option(*VERBOSELY, help="Show tracebacks and what libraries log.")] = False,
+    show: Annotated[
+        Shells | None,
+        typer.Option(
+            "--show-completion",
+            metavar="SHELL",
+            is_eager=True,
+            callback=show_callback,
+            help="Print its completion script.",
+        ),
+    ] = None,
+    install: Annotated[
+        Shells | None,
+        typer.Option(
+            "--install-completion",
+            metavar="SHELL",
+            is_eager=True,
+            callback=install_callback,
+            help="For bash, zsh, fish, pwsh.",
+        ),
+    ] = None,
 ) -> None:
-    """Options before the command; `run` has taken --debug out of the line already."""
+    """Options before the command; `run` has taken -q and -v, which may stand anywhere, out of the line already."""
 
 
 def main() -> None:
@@ -65,16 +105,17 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line; returns the exit code: 0, 2 wrong usage or input, 3 mismatch, 130 interrupted, else 1."""
-    debug = "--debug" in arguments or bool(os.environ.get("SIMAN_DEBUG"))
+    verbose = bool({*VERBOSELY} & {*arguments}) or bool(os.environ.get("SIMAN_DEBUG"))
+    quiet = QUIET.set(bool({*QUIETLY} & {*arguments}))
+    arguments = [argument for argument in arguments if argument not in (*QUIETLY, *VERBOSELY)]
+    if verbose:
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     try:
         arguments = arguments or ["--help"]
         app = make_app(rich_help=arguments != ["--help"])
-        code = app(
-            [argument for argument in arguments if argument != "--debug"], prog_name="siman", standalone_mode=False
-        )
+        code = app(arguments, prog_name="siman", standalone_mode=False)
     except SimanError as error:
-        if debug:
-            raise
+        _trace(verbose)
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
@@ -84,11 +125,17 @@ def run(arguments: list[str]) -> int:
     except Exception as error:
         if hasattr(error, "format_message"):  # typer's usage errors; their class moved between its versions
             return _fail(f"{error.format_message()} (try --help)", 2)
-        if debug:
-            raise
+        _trace(verbose)
         first_line = (str(error).strip().splitlines() or [""])[0]
-        return _fail(f"{type(error).__name__}: {first_line}; --debug shows where", 1)
+        return _fail(f"{type(error).__name__}: {first_line}; -v shows where", 1)
+    finally:
+        QUIET.reset(quiet)
     return code if isinstance(code, int) else 0
+
+
+def _trace(verbose: bool) -> None:
+    if verbose:
+        traceback.print_exc()
 
 
 def _fail(message: str, code: int) -> int:

@@ -4,13 +4,18 @@ from typing import Annotated
 
 import typer
 
+from siman_convert.cli import complete
 from siman_convert.cli.common import RUNS, Json, Output, print_json, say_what_runs_slowly
 
 
 def bench(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN|FILE]", help="A run, an .onnx or a .safetensors file; default: the newest run."),
+        typer.Argument(
+            metavar="[RUN|FILE]",
+            help="A run, an .onnx or a .safetensors file; default: the newest run.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     last: Annotated[bool, typer.Option("--last", help="The last weights instead of the best, for a run.")] = False,
     threads: Annotated[
@@ -26,9 +31,10 @@ def bench(
     output: Output = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Time a binary network beside full precision and int8 of the same architecture.
+    """Time a binary network beside full precision.
 
-    All take turns in one process. Prints latency, throughput, whether binary is faster, sizes, and every layer's time.
+    And beside int8 of the same architecture; all take turns in one process. Prints latency, throughput, whether binary is
+    faster, sizes, and every layer's time.
     """
     from rich.console import Console
 

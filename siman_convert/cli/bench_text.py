@@ -15,7 +15,7 @@ from rich.table import Table
 from siman_convert.benchmark.comparison import Benchmark, Contest, Result, threads_text
 from siman_convert.benchmark.layers import Layer, LayerTimes
 from siman_convert.benchmark.rounds import Ratio
-from siman_convert.cli.common import megabytes
+from siman_convert.cli.common import QUIET, megabytes
 from siman_convert.cli.plan_table import NONE, si
 from siman_convert.runtime import native
 
@@ -31,7 +31,7 @@ class ProgressLine:
     def __init__(self) -> None:
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=24))
-        quiet = not console.is_terminal
+        quiet = QUIET.get() or not console.file.isatty()
         self._bar = Progress(*columns, console=console, auto_refresh=False, transient=True, disable=quiet)
         self._task = self._bar.add_task("", total=1.0)
 

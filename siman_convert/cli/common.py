@@ -1,7 +1,9 @@
 """What several commands share: option types, JSON output, sizes and numbers as people read them."""
 
 import json
+import math
 import sys
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,16 +25,27 @@ Workers = Annotated[int, typer.Option("-j", "--workers", min=0, help="Processes 
 RUNS = Path("runs")
 
 
+QUIET: ContextVar[bool] = ContextVar("quiet", default=False)  # -q: results and errors only
+
+
 def print_json(values: dict[str, Any]) -> None:
-    """One document on stdout, with the schema's version first."""
-    print(json.dumps({"schema_version": SCHEMA_VERSION, **values}, indent=2))
+    """One document on stdout, with the schema's version first. JSON has no NaN and no infinity: null stands for them."""
+    print(json.dumps({"schema_version": SCHEMA_VERSION, **_finite(values)}, indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def say_what_runs_slowly(ran: str, asked_for: str | None) -> None:
     """One line on stderr where stock ONNX Runtime ran a graph only because our kernels are not installed."""
     from siman_convert.runtime import native
 
-    if ran == "onnxruntime" and asked_for is None:
+    if ran == "onnxruntime" and asked_for is None and not QUIET.get():
         print(f"siman: {native.MISSING}", file=sys.stderr)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siman_convert import launch
-from siman_convert.cli.common import RUNS, Device, Json, Output, Workers, megabytes, percent, print_json
+from siman_convert.cli import complete
+from siman_convert.cli.common import QUIET, RUNS, Device, Json, Output, Workers, megabytes, percent, print_json
 
 if TYPE_CHECKING:
     from siman_convert.conversion import Result
@@ -29,7 +30,10 @@ def _option(*names: str, panel: str = TRAIN, **settings: Any) -> Any:
 def convert(
     ctx: typer.Context,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="A timm model; `siman models` lists them.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="A timm model; `siman models` lists them.", autocompletion=complete.models
+        ),
     ] = None,
     data: Annotated[
         str | None,
@@ -41,7 +45,13 @@ def convert(
         ),
     ] = None,
     recipe: Annotated[
-        str | None, _option("--recipe", panel=START, help="A shipped recipe or a YAML file; without it: finetune.")
+        str | None,
+        _option(
+            "--recipe",
+            panel=START,
+            help="A shipped recipe or a YAML file; without it: finetune.",
+            autocompletion=complete.recipes,
+        ),
     ] = None,
     assignments: Annotated[list[str], _option("--set", panel=START, help="key=value of any recipe field.")] = [],
     weights: Annotated[
@@ -51,7 +61,13 @@ def convert(
         ),
     ] = None,
     resume: Annotated[
-        str | None, _option("--resume", panel=START, help="Go on with this run; `last` is the newest.")
+        str | None,
+        _option(
+            "--resume",
+            panel=START,
+            help="Go on with this run; `last` is the newest.",
+            autocompletion=complete.resumable,
+        ),
     ] = None,
     dry_run: Annotated[bool, _option("--dry-run", panel=START, help="Check everything, write nothing.")] = False,
     epochs: Annotated[int | None, _option(help="Binary epochs; 0: post-training mode.")] = None,
@@ -116,6 +132,9 @@ def convert(
     save_every: Annotated[
         float | None, _option(panel=MACHINE, min=0.0, help="Minutes between states saved within an epoch.")
     ] = None,
+    track: Annotated[
+        list[str], _option("--track", panel=MACHINE, help="tensorboard or wandb: show the run there while it trains.")
+    ] = [],
     as_json: Json = False,
 ) -> None:
     """Convert a model and fine-tune it.
@@ -143,8 +162,8 @@ def convert(
     from siman_convert.conversion import resume as go_on
     from siman_convert.runs import find_run
 
-    options = Options(output, experiment, device, workers, save_every, dry_run)
-    with Terminal(quiet=as_json, silent=not launch.is_main()) as terminal:
+    options = Options(output, experiment, device, workers, save_every, dry_run, tuple(track))
+    with Terminal(aside=as_json, silent=not launch.is_main()) as terminal:
         try:
             if resume is None:
                 assert model is not None
@@ -161,7 +180,7 @@ def convert(
                 _refuse_changes(run, named, recipe, overrides)
                 result = go_on(run, options=options, watcher=terminal)
         except Interrupted as error:
-            raise Interrupted(f"{error}; {_again(error.run, device, workers, save_every)}") from None
+            raise Interrupted(f"{error}; {_again(error.run, device, workers, save_every, track)}") from None
     launch.leave()
     if not launch.is_main():
         return
@@ -173,12 +192,13 @@ def convert(
         _print_result(result)
 
 
-def _again(run: Path | None, device: str, workers: int, save_every: float | None) -> str:
+def _again(run: Path | None, device: str, workers: int, save_every: float | None, track: list[str]) -> str:
     """The command that goes on, with the flags that are not part of the run."""
     if run is None:
         return "go on with: the same command"
     start = "go on, under the same launcher, with: -m siman_convert" if launch.processes() > 1 else "go on with: siman"
     flags = [("--device", device, "auto"), ("-j", workers, 0), ("--save-every", save_every, None)]
+    flags += [("--track", name, None) for name in track]
     values = [f"{flag} {value}" for flag, value, usual in flags if value != usual]
     return " ".join([start, "convert --resume", shlex.quote(str(run)), *values])
 
@@ -226,6 +246,8 @@ def _print_result(result: "Result") -> None:
     if result.bad_images:
         print(f"unreadable      {result.bad_images} images skipped")
     print(f"run             {result.run}")
+    if QUIET.get():
+        return
     print()
     print(f"next: siman export {result.run}")
     print(f"      siman eval {result.run}")

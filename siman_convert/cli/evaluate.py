@@ -5,13 +5,18 @@ from typing import Annotated
 
 import typer
 
+from siman_convert.cli import complete
 from siman_convert.cli.common import RUNS, BackendName, Device, Json, Output, Workers, print_json, say_what_runs_slowly
 
 
 def evaluate(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN|FILE]", help="A run, an .onnx or a .safetensors file; default: the newest run."),
+        typer.Argument(
+            metavar="[RUN|FILE]",
+            help="A run, an .onnx or a .safetensors file; default: the newest run.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     last: Annotated[bool, typer.Option("--last", help="The last weights instead of the best.")] = False,
     full_precision: Annotated[

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siman_convert.cli.common import RUNS, Json, megabytes, percent, print_json
+from siman_convert.cli import complete
+from siman_convert.cli.common import QUIET, RUNS, Json, megabytes, percent, print_json
 
 if TYPE_CHECKING:
     from siman_convert.exporting import Exported
@@ -16,7 +17,12 @@ if TYPE_CHECKING:
 
 def export(
     what: Annotated[
-        str | None, typer.Argument(metavar="[RUN|FILE]", help="A run, or a .safetensors file; default: the newest run.")
+        str | None,
+        typer.Argument(
+            metavar="[RUN|FILE]",
+            help="A run, or a .safetensors file; default: the newest run.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     format: Annotated[str, typer.Option("--format", help="onnx, safetensors or all (both).")] = "onnx",
     output: Annotated[
@@ -36,6 +42,10 @@ def export(
         str | None, typer.Option("--data", "--data-dir", help="Images to verify and calibrate on; default: the run's.")
     ] = None,
     images: Annotated[int, typer.Option("--images", min=1, help="Images to verify on.")] = 256,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option("--push-to-hub", metavar="NAME", help="Upload files and model card to the Hugging Face hub."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Export to one file, verified on real images before it is written.
@@ -51,7 +61,7 @@ def export(
         raise InputError(f"--format {format!r}: expected {', '.join(FORMATS)}")
     if last and what is not None and is_file(what):
         raise InputError(f"{what} holds one network; --last is for runs")
-    with Terminal(quiet=as_json) as terminal:
+    with Terminal(aside=as_json) as terminal:
         exported = export(
             what,
             format=format,
@@ -62,6 +72,7 @@ def export(
             with_preprocess=with_preprocess,
             data=data,
             images=images,
+            push_to_hub=push_to_hub,
             runs=RUNS,
             watcher=terminal,
         )
@@ -73,8 +84,8 @@ def export(
 
 def _print(exported: Exported) -> None:
     from siman_convert.cli.int8_text import quantization_lines
-    from siman_convert.cli.snippet import snippet
     from siman_convert.cli.verification_text import summary_lines
+    from siman_convert.snippet import snippet
 
     costs, folding, accuracy = exported.costs, exported.folding, exported.description.accuracy
     print(f"folded    {_folded(folding)}")
@@ -99,7 +110,11 @@ def _print(exported: Exported) -> None:
         print(f"verified  {line}")
     for path in exported.files:
         print(f"wrote     {path}  {megabytes(path.stat().st_size)}")
-    for path in exported.files:
+    if exported.card:
+        print(f"wrote     {exported.card}  the model card")
+    if exported.uploaded_to:
+        print(f"uploaded  {exported.uploaded_to}")
+    for path in exported.files if not QUIET.get() else ():
         print(f"\n{snippet(path, exported.description, exported.variant)}")
 
 
@@ -116,6 +131,8 @@ def _record(exported: Exported) -> dict[str, Any]:
     costs, folding = exported.costs, exported.folding
     return {
         "files": [{"path": str(path), "bytes": path.stat().st_size} for path in exported.files],
+        "card": str(exported.card) if exported.card else None,
+        "uploaded_to": exported.uploaded_to,
         "weights": {"bytes_before": costs.bytes_before, "bytes_after": costs.bytes_after},
         "folding": {
             "operators": folding.operators,

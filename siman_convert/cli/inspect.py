@@ -6,11 +6,19 @@ from typing import Annotated
 
 import typer
 
+from siman_convert.cli import complete
 from siman_convert.cli.common import RUNS, Json, Output, print_json
 
 
 def inspect(
-    model: Annotated[str, typer.Argument(metavar="MODEL|RUN|FILE", help="A timm model, a run, or an exported file.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL|RUN|FILE",
+            help="A timm model, a run, or an exported file.",
+            autocompletion=complete.models_or_runs,
+        ),
+    ],
     keep: Annotated[list[str], typer.Option(help="Glob of convolutions to keep in full precision.")] = [],
     binarize: Annotated[list[str], typer.Option(help="Glob of convolutions to binarize all the same.")] = [],
     shortcuts: Annotated[bool, typer.Option("--shortcuts", help="As of convert.")] = False,

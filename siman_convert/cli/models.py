@@ -4,14 +4,23 @@ from typing import Annotated, Any
 
 import typer
 
+from siman_convert.cli import complete
 from siman_convert.cli.common import Json, print_json
 
 
 def models(
-    pattern: Annotated[str, typer.Argument(help="A glob such as 'resnet*', or part of a name; default: all.")] = "*",
+    pattern: Annotated[
+        str,
+        typer.Argument(
+            help="A glob such as 'resnet*', or part of a name; default: all.", autocompletion=complete.models
+        ),
+    ] = "*",
     as_json: Json = False,
 ) -> None:
-    """List timm models, how much of each becomes binary, and whether every stage passed for it or for one of its family."""
+    """List timm models and what becomes binary.
+
+    How much of each, and whether every stage passed for it or for one of its family.
+    """
     from siman_convert.model_table import matching, read_coverage, read_table, swept
 
     coverage = read_coverage()

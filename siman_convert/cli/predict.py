@@ -5,18 +5,24 @@ from typing import Annotated
 
 import typer
 
+from siman_convert.cli import complete
 from siman_convert.cli.common import RUNS, BackendName, Json, Output, print_json, say_what_runs_slowly
 
 
 def predict(
-    what: Annotated[str, typer.Argument(metavar="FILE|RUN", help="An exported file, or a run.")],
+    what: Annotated[
+        str, typer.Argument(metavar="FILE|RUN", help="An exported file, or a run.", autocompletion=complete.runs)
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to show of each.")] = 5,
     backend: BackendName = None,
     output: Output = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Classify images: the most probable classes of each, with their probability."""
+    """Classify images.
+
+    Prints the most probable classes of each, with their probability.
+    """
     from dataclasses import asdict
 
     from siman_convert.backends import default_onnx_backend, require_backend

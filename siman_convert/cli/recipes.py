@@ -5,10 +5,11 @@ from typing import Annotated
 
 import typer
 
+from siman_convert.cli import complete
 from siman_convert.cli.common import Json, print_json
 
 app = typer.Typer(help="List, show and copy recipes.")
-Name = Annotated[str, typer.Argument(help="A shipped recipe, or a file.")]
+Name = Annotated[str, typer.Argument(help="A shipped recipe, or a file.", autocompletion=complete.recipes)]
 
 
 @app.command("ls")
@@ -41,7 +42,11 @@ def show(
 
 
 @app.command("cp")
-def cp(name: Name, target: Annotated[Path, typer.Argument(help="The file to write; must not exist.")]) -> None:
+def cp(
+    name: Name,
+    target: Annotated[Path, typer.Argument(help="The file to write; must not exist.")],
+    as_json: Json = False,
+) -> None:
     """Copy a recipe to a file of yours, to change it and use it with --recipe FILE."""
     from siman_convert.errors import InputError
     from siman_convert.files import disk_errors, write_text
@@ -55,4 +60,7 @@ def cp(name: Name, target: Annotated[Path, typer.Argument(help="The file to writ
         raise InputError(f"{file}: there is no folder {file.parent}; make it first")
     with disk_errors(file):
         write_text(file, text)
+    if as_json:
+        print_json({"wrote": str(file)})
+        return
     print(f"wrote {file}; use it with --recipe {file}")

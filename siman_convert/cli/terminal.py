@@ -1,7 +1,7 @@
 """What a person sees of a running conversion: numbered checks, progress bars, one line an epoch.
 
-Bars are drawn on a terminal only. With `quiet` (--json) everything goes to stderr, so that stdout holds one document. `silent`
-prints nothing at all: of several processes one speaks.
+Bars are drawn on a terminal only, whatever FORCE_COLOR says. With `aside` (--json) everything goes to stderr, so that stdout
+holds one document. `silent` prints nothing at all: of several processes one speaks; with -q none does.
 """
 
 from pathlib import Path
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from siman_convert.cli.common import QUIET
 from siman_convert.watch import Watcher
 
 STEPS = 5  # of the check before training
@@ -20,8 +21,9 @@ STEPS = 5  # of the check before training
 class Terminal(Watcher):
     """A Watcher that prints; a context manager, since progress bars have to be taken down."""
 
-    def __init__(self, quiet: bool = False, silent: bool = False) -> None:
-        self._console = Console(stderr=quiet, quiet=silent, highlight=False, soft_wrap=True)
+    def __init__(self, aside: bool = False, silent: bool = False) -> None:
+        silent = silent or QUIET.get()
+        self._console = Console(stderr=aside, quiet=silent, highlight=False, soft_wrap=True)
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
@@ -30,7 +32,7 @@ class Terminal(Watcher):
             TextColumn("{task.fields[figures]}"),
             console=self._console,
             transient=True,
-            disable=silent or not self._console.is_terminal,
+            disable=silent or not self._console.file.isatty(),
         )
         self._task: TaskID | None = None
 

@@ -4,13 +4,18 @@ from typing import Annotated
 
 import typer
 
+from siman_convert.cli import complete
 from siman_convert.cli.common import RUNS, Json, Output, print_json
 
 
 def verify(
     what: Annotated[
         str | None,
-        typer.Argument(metavar="[RUN|FILE]", help="A run, an .onnx or a .safetensors file; default: newest run."),
+        typer.Argument(
+            metavar="[RUN|FILE]",
+            help="A run, an .onnx or a .safetensors file; default: newest run.",
+            autocompletion=complete.runs,
+        ),
     ] = None,
     last: Annotated[bool, typer.Option("--last", help="The last weights, for a run without exported files.")] = False,
     data: Annotated[
@@ -32,7 +37,7 @@ def verify(
 
     if last and what is not None and is_file(what):
         raise InputError(f"{what} holds one network; --last is for runs")
-    with Terminal(quiet=as_json) as terminal:
+    with Terminal(aside=as_json) as terminal:
         found = verify(
             what, which="last" if last else "best", data=data, images=images, output=output, watcher=terminal
         )

@@ -18,10 +18,17 @@ The metadata key `siman` holds preprocessing, class names and accuracy as JSON."
 
 def snippet(path: Path, description: Description, variant: Variant) -> str:
     """What to print after an export; the Python part is complete but for the image's name."""
+    code = _indented(python_lines(path, description, variant))
     if path.suffix == ".safetensors":
-        return f"In Python, as a torch module:\n\n{_indented(_torch_lines(path, description.preprocess))}"
-    lines = _image_lines(path, description.preprocess) if variant.takes_images else _lines(path, description.preprocess)
-    return f"In Python, with pip install onnxruntime pillow:\n\n{_indented(lines)}\n\n{_HOSTS}"
+        return f"In Python, as a torch module:\n\n{code}"
+    return f"In Python, with pip install onnxruntime pillow:\n\n{code}\n\n{_HOSTS}"
+
+
+def python_lines(path: Path, description: Description, variant: Variant) -> list[str]:
+    """Python that prints the class of photo.jpg."""
+    if path.suffix == ".safetensors":
+        return _torch_lines(path)
+    return _image_lines(path, description.preprocess) if variant.takes_images else _lines(path, description.preprocess)
 
 
 def _lines(path: Path, pre: Preprocess) -> list[str]:
@@ -47,7 +54,7 @@ def _image_lines(path: Path, pre: Preprocess) -> list[str]:
     ]
 
 
-def _torch_lines(path: Path, pre: Preprocess) -> list[str]:
+def _torch_lines(path: Path) -> list[str]:
     return [
         "import siman_convert, torch",
         "from PIL import Image",
