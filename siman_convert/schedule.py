@@ -48,7 +48,8 @@ def parameter_groups(model: nn.Module, weight_decay: float, latent_weight_decay:
     """Weight decay 0 on every parameter of the binary layers, alpha, bias and shifts included; `weight_decay` elsewhere.
 
     l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there. In a
-    stage of binary activations alone weights are no latents and decay as any others. `latent_weight_decay` puts it back on latents.
+    stage of binary activations alone weights are no latents and decay as any others. `latent_weight_decay` is
+    for latents all the same.
     """
     layers = binary_layers(model).values()
     thresholds = [module for module in model.modules() if isinstance(module, Shift)]
