@@ -8,7 +8,7 @@ from typing import Any
 import altair as alt
 import numpy as np
 
-from siman_convert.report.charts import BLUE, ORANGE, Figure, colours, data, legend
+from siman_convert.report.charts import BLUE, ORANGE, Chart, Figure, colours, data, legend
 from siman_convert.report.predictions import Mistake, Predictions
 
 SHOWN = 20  # classes of a matrix, at most
@@ -29,7 +29,7 @@ def confused_classes(found: Predictions) -> list[int]:
     return sorted(np.argsort(-involved, kind="stable")[:SHOWN].tolist())
 
 
-def _matrix(found: Predictions, chosen: list[int]) -> alt.LayerChart:
+def _matrix(found: Predictions, chosen: list[int]) -> Chart:
     rows = [_cell(found, truth, answer) for truth in chosen for answer in chosen if found.confusion[truth, answer]]
     names = [_label(found.classes, index) for index in chosen]
     label = alt.Axis(labelLimit=90, labelAngle=-45, ticks=False, domain=False)

@@ -17,6 +17,7 @@ BLUE, ORANGE, GREEN, GREY = "#4f86e0", "#df7a1c", "#2f9e6e", "#8b929c"
 FULL_PRECISION, BINARY = "full precision", "binary"
 ROW = 17  # pixels a layer has on an axis of layers
 Row = Mapping[str, Any]
+Chart = alt.Chart | alt.LayerChart | alt.FacetChart  # what altair says that its methods give
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ class Figure:
     wide: bool = False
 
 
-def data(rows: Sequence[Row]) -> alt.Data:
-    return alt.Data(values=[dict(row) for row in rows])
+def data(rows: Sequence[Row]) -> alt.InlineData:
+    return alt.InlineData(values=[dict(row) for row in rows])
 
 
 def colours(names: Sequence[str], values: Sequence[str]) -> alt.Scale:
@@ -44,17 +45,12 @@ def colours(names: Sequence[str], values: Sequence[str]) -> alt.Scale:
 
 def legend(*, lines: bool = False, offset: int = 8) -> alt.Legend:
     """Above the chart, so that narrow screens keep its width. lines: its symbols are strokes, not dots or squares."""
-    symbol = {"symbolType": "stroke", "symbolSize": 300, "symbolStrokeColor": GREY} if lines else {}
-    return alt.Legend(
-        title=None,
-        orient="top",
-        columns=2,
-        offset=offset,
-        symbolStrokeWidth=2,
-        symbolOpacity=1,
-        labelLimit=260,
-        **symbol,
+    key = alt.Legend(
+        title=None, orient="top", columns=2, offset=offset, symbolStrokeWidth=2, symbolOpacity=1, labelLimit=260
     )
+    if lines:
+        key.symbolType, key.symbolSize = "stroke", 300
+    return key
 
 
 def layer_axis(field: str = "layer") -> alt.Y:
@@ -68,7 +64,7 @@ def layers_high(count: int) -> int:
     return ROW * max(3, count)
 
 
-def reference(position: Mapping[str, float], axis: str) -> alt.LayerChart:
+def reference(position: Mapping[str, float], axis: str) -> Chart:
     """Dashed lines at known places of an axis, x or y, each with its name."""
     base = alt.Chart(data([{"at": at, "name": name} for name, at in position.items()]))
     if axis == "x":

@@ -16,7 +16,7 @@ import numpy as np
 
 from siman_convert.environment import siman_version
 from siman_convert.errors import InputError
-from siman_convert.report.charts import BLUE, ORANGE, Figure, colours, data, legend
+from siman_convert.report.charts import BLUE, ORANGE, Chart, Figure, colours, data, legend
 from siman_convert.report.content import Content
 from siman_convert.report.page import Page, Section, Table, Tile
 from siman_convert.report.statistics import LayerStatistics
@@ -197,24 +197,21 @@ def _weights(two: Pair) -> Figure:
     )
 
 
-def _densities(two: Pair, layers: Sequence[tuple[LayerStatistics, LayerStatistics]]) -> alt.Chart:
+def _densities(two: Pair, layers: Sequence[tuple[LayerStatistics, LayerStatistics]]) -> Chart:
     rows = [
         {"layer": layer.name, "run": label, "weight": round(float(centre), 3), "density": round(float(density), 4)}
         for both in layers
         for label, layer in zip(two.labels, both, strict=True)
         for centre, density in zip(layer.histogram.centres, layer.histogram.density, strict=True)
     ]
-    return (
-        alt.Chart(data(rows))
-        .mark_line(interpolate="step", strokeWidth=1.8)
-        .encode(
-            x=alt.X("weight:Q", title="latent weight, in standard deviations of its filter"),
-            y=alt.Y("density:Q"),
-            color=alt.Color(
-                "run:N", scale=colours(list(two.colours), list(two.colours.values())), legend=legend(lines=True)
-            ),
-            tooltip=["layer:N", "run:N", "weight:Q", "density:Q"],
-        )
+    chart: Chart = alt.Chart(data(rows)).mark_line(interpolate="step", strokeWidth=1.8)
+    return chart.encode(
+        x=alt.X("weight:Q", title="latent weight, in standard deviations of its filter"),
+        y=alt.Y("density:Q"),
+        color=alt.Color(
+            "run:N", scale=colours(list(two.colours), list(two.colours.values())), legend=legend(lines=True)
+        ),
+        tooltip=["layer:N", "run:N", "weight:Q", "density:Q"],
     )
 
 
@@ -225,7 +222,7 @@ def _accuracy(two: Pair) -> Figure:
         for record in content.history
         if record["phase"] == "binary" and not record.get("re_estimated")
     ]
-    chart = (
+    chart: Chart = (
         alt.Chart(data(rows))
         .mark_line(strokeWidth=2, point=True)
         .encode(

@@ -5,6 +5,7 @@ Whatever comes from users (class names, paths, layer names) is escaped by jinja2
 
 from __future__ import annotations
 
+import functools
 import importlib.resources
 import json
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ def render(page: Page) -> str:
         page=page,
         style=Markup(_resource("style.css")),
         figures=Markup(_script_safe({figure.key: finished(figure.chart) for figure in page.figures})),
-        library=Markup(vl_convert.javascript_bundle(vl_version=_version())),
+        library=Markup(_library()),
     )
 
 
@@ -104,6 +105,12 @@ def png(figure: Figure) -> bytes:
 def _script_safe(values: dict[str, Any]) -> str:
     """JSON that holds no `<`: it cannot end the script it stands in, or begin a comment."""
     return json.dumps(values, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+@functools.cache
+def _library() -> str:
+    """vega, vega-lite and vega-embed as one script, which takes a second or more to put together."""
+    return vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", _version())
 
 
 def _version() -> str:

@@ -57,9 +57,9 @@ def compare(
     png: Path | None = None,
     output: Path = Path("runs"),
 ) -> Written:
-    """One HTML file about the last weights of two runs; html: None: compare-FIRST-SECOND.html in `output`. Raises InputError."""
+    """One HTML file about the last weights of two runs; html: None: compare-FIRST-SECOND.html beside the first. Raises InputError."""
     runs = [find_run(which, output) for which in (first, second)]
-    html = html or output / f"compare-{runs[0].name}-{runs[1].name}.html"
+    html = html or runs[0].folder.parent / f"compare-{runs[0].name}-{runs[1].name}.html"
     _require_writable(html, png)
     two = pair(*(gather(run, which="last", images=False) for run in runs))
     return _write(comparison_page(two), html, png, (two.first, two.second), tuple(findings(two)))

@@ -14,6 +14,7 @@ from siman_convert.report.charts import (
     GREEN,
     GREY,
     ORANGE,
+    Chart,
     Figure,
     colours,
     data,
@@ -21,7 +22,7 @@ from siman_convert.report.charts import (
     layers_high,
     legend,
 )
-from siman_convert.report.timing import Timing
+from siman_convert.report.timing import Contest, Layers, Timing
 
 _KINDS = {"binary": ORANGE, "convolution": BLUE, "8-bit": GREEN, "other": GREY}
 
@@ -35,7 +36,7 @@ def resource_figures(costs: Costs, timing: Timing | None) -> Iterator[Figure]:
             yield Figure("contest", "Beside full precision", _contest_caption(timing), _contests(timing))
 
 
-def _bytes(costs: Costs) -> alt.LayerChart:
+def _bytes(costs: Costs) -> Chart:
     rows = [
         {
             "layer": row.name,
@@ -46,7 +47,7 @@ def _bytes(costs: Costs) -> alt.LayerChart:
         for row in costs.rows
         if row.bytes_before or row.bytes_after
     ]
-    tooltip = ["layer:N", "kind:N", alt.Tooltip("before:Q", title="kB before", format=",.1f"),
+    tooltip = [alt.Tooltip("layer:N"), alt.Tooltip("kind:N"), alt.Tooltip("before:Q", title="kB before", format=",.1f"),
                alt.Tooltip("after:Q", title="kB packed", format=",.1f")]  # fmt: skip
     base = alt.Chart(data(rows)).encode(y=layer_axis(), tooltip=tooltip)
     before = base.mark_bar(color=GREY, opacity=0.3, height=12).encode(x=alt.X("before:Q", title="kB"))
@@ -67,7 +68,7 @@ def _bytes_caption(costs: Costs) -> str:
     )
 
 
-def _time(timing: Timing) -> alt.Chart:
+def _time(timing: Timing) -> Chart:
     rows = [
         {
             "layer": row.name if row.count == 1 else f"{row.name} ({row.count})",
@@ -77,7 +78,7 @@ def _time(timing: Timing) -> alt.Chart:
         for row in timing.layers.rows
     ]
     kinds = [kind for kind in _KINDS if any(row["kind"] == kind for row in rows)]
-    chart = (
+    chart: Chart = (
         alt.Chart(data(rows))
         .mark_bar(height=12)
         .encode(
@@ -106,10 +107,10 @@ def _time_caption(timing: Timing) -> str:
     return text + "Without siman's kernels binary convolutions run as ordinary operators and have no rows of their own."
 
 
-def _contests(timing: Timing) -> alt.Chart:
+def _contests(timing: Timing) -> Chart:
     rows = [
         {
-            "setting": f"{contest.threads} thread(s), batch {contest.batch_size}",
+            "setting": _setting(contest),
             "name": result.name,
             "ms": result.median_ms,
             "kind": BINARY if place == 0 else "others",
@@ -118,18 +119,23 @@ def _contests(timing: Timing) -> alt.Chart:
         for place, result in enumerate(contest.results)
     ]
     for row in rows:
-        row["bar"] = f"{row['name']}, {row['setting']}"
-    chart = (
+        row["bar"] = row["name"] if len(timing.contests) == 1 else f"{row['name']}, {row['setting']}"
+    chart: Chart = (
         alt.Chart(data(rows))
         .mark_bar(height=14)
         .encode(
-            y=alt.Y("bar:N", sort=None, title=None, axis=alt.Axis(labelLimit=210, ticks=False, domain=False)),
+            y=alt.Y("bar:N", sort=None, title=None, axis=alt.Axis(labelLimit=240, ticks=False, domain=False)),
             x=alt.X("ms:Q", title="milliseconds"),
             color=alt.Color("kind:N", scale=colours([BINARY, "others"], [ORANGE, GREY]), legend=None),
             tooltip=["name:N", "setting:N", alt.Tooltip("ms:Q", title="milliseconds", format=".3f")],
         )
     )
     return chart.properties(height=22 * len(rows))
+
+
+def _setting(measured: Contest | Layers) -> str:
+    """1 thread, batch 16."""
+    return f"{measured.threads} thread{'s' if measured.threads > 1 else ''}, batch {measured.batch_size}"
 
 
 def _contest_caption(timing: Timing) -> str:
@@ -139,5 +145,5 @@ def _contest_caption(timing: Timing) -> str:
     kernels = f"siman's kernels ({timing.variant})" if timing.variant else "stock ONNX Runtime, without siman's kernels"
     return (
         f"Median time for a batch, the binary network in {kernels} beside the full-precision network of the same architecture. "
-        f"With {first.threads} thread(s), batch {first.batch_size}: {compared}."
+        f"With {_setting(first)}: {compared}."
     )

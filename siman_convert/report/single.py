@@ -109,7 +109,8 @@ def _size_table(content: Content) -> Table:
             "bytes packed",
         ),
         rows,
-        "Multiply-accumulates (MACs) of one image; bytes of what the model file holds. "
+        f"Multiply-accumulates (MACs) of one image of {'x'.join(map(str, content.plan.input_size))}; bytes of "
+        "what the model file holds. "
         + (f"Exported files of this run: {files}." if files else "This run has not been exported: siman export."),
         total=True,
     )

@@ -13,6 +13,7 @@ from siman_convert.report.charts import (
     FULL_PRECISION,
     GREEN,
     ORANGE,
+    Chart,
     Figure,
     colours,
     data,
@@ -44,7 +45,7 @@ def training_figures(content: Content) -> Iterator[Figure]:
         yield Figure("flips", "Bits that flip", _flips_caption(content), _flips(content))
 
 
-def _curves(content: Content, field: str, title: str, line: dict[str, float]) -> alt.LayerChart:
+def _curves(content: Content, field: str, title: str, line: dict[str, float]) -> Chart:
     rows = [row for record in content.history for row in _points(content, record, field)]
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     base = alt.Chart(data(rows)).encode(
@@ -66,7 +67,7 @@ def _curves(content: Content, field: str, title: str, line: dict[str, float]) ->
         ],
     )
     trained, again = alt.datum.kind != "again", alt.datum.kind == "again"
-    parts: list[alt.Chart | alt.LayerChart] = [reference(line, "y")] if line else []
+    parts: list[Chart] = [reference(line, "y")] if line else []
     parts.append(base.transform_filter(trained).mark_line(strokeWidth=2))
     parts.append(base.transform_filter(trained).mark_circle(size=30, opacity=1))
     parts.append(base.transform_filter(again).mark_point(shape="diamond", size=90, filled=True, opacity=1))
@@ -87,7 +88,7 @@ def _points(content: Content, record: Record, field: str) -> Iterator[dict[str, 
 
 def _top1_caption(content: Content) -> str:
     start, top1 = content.newest("full-precision"), content.binary_top1()
-    text = "Share of images whose most probable class is the right one, after every epoch. "
+    text = "Share of images whose most probable class is the right one, after every epoch; solid: validation, dotted: training. "
     first = next((record for record in content.history if record["phase"] != "full-precision"), None)
     if first is not None and content.recipe.binary_epochs:
         text += (
@@ -98,7 +99,7 @@ def _top1_caption(content: Content) -> str:
         text += f"Binary ends {_apart(top1 - start['top1'])} full precision ({start['top1']:.1f} %). "
     if any(record.get("re_estimated") for record in content.history):
         text += "The diamond: BatchNorm's statistics taken anew after the last epoch. "
-    return text + "Training accuracy is lower than it could be: those images are augmented."
+    return text + "Training images are augmented, which makes them harder."
 
 
 def _apart(points: float) -> str:
@@ -108,7 +109,9 @@ def _apart(points: float) -> str:
 
 
 def _loss_caption(content: Content) -> str:
-    text = "What training minimises. On validation images it is the cross-entropy of the labels. "
+    text = (
+        "What training minimises; dotted: training images, solid: validation, where it is the labels' cross-entropy. "
+    )
     if content.recipe.distils and content.newest("full-precision") is not None:
         text += (
             "Binary epochs may learn from the full-precision network's answers rather than from labels: their training loss "
@@ -117,7 +120,7 @@ def _loss_caption(content: Content) -> str:
     return text + "A binary network's loss moves in jumps where many bits change at once; that is no fault by itself."
 
 
-def _flips(content: Content) -> alt.LayerChart:
+def _flips(content: Content) -> Chart:
     rows = list(_flip_rows(content))
     sizes = {layer.name: layer.filters * layer.size for layer in content.layers}
     x = alt.X("epoch:Q", title="binary epoch", axis=alt.Axis(tickMinStep=1, format="d", grid=False))
@@ -128,15 +131,8 @@ def _flips(content: Content) -> alt.LayerChart:
         detail="layer:N",
         color=alt.Color(
             "depth:Q",
-            scale=alt.Scale(range=["#7db4e8", "#4f5fb8"]),
-            legend=alt.Legend(
-                title="layer, first to last",
-                type="gradient",
-                orient="top",
-                format="d",
-                tickMinStep=1,
-                gradientLength=120,
-            ),
+            scale=alt.Scale(range=["#7db4e8", "#5a62c9"]),
+            legend=None,
         ),
         tooltip=["layer:N", "epoch:Q", alt.Tooltip("share:Q", title="flipped, %", format=".3f")],
     )
@@ -173,7 +169,8 @@ def _flips_caption(content: Content) -> str:
     text = (
         "A one-bit weight cannot move a little: it stays or it flips. This is the share of a layer's weights that ended "
         "an epoch as "
-        "the other bit than they began it; thick: of all layers together. The learning rate falls to nothing at the end, so the "
+        "the other bit than they began it: light the first layers, dark the last, thick all together. The learning rate "
+        "falls to nothing at the end, so the "
         "lines should too. Lines that stay high say that bits go back and forth; a layer at 0 from the start has not learned."
     )
     return text + (f" {missing} epochs of this run were trained before siman recorded it." if missing > 0 else "")

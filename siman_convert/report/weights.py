@@ -13,6 +13,7 @@ from siman_convert.report.charts import (
     GREY,
     INK,
     ORANGE,
+    Chart,
     Figure,
     colours,
     data,
@@ -64,7 +65,7 @@ def _cosine(bits: BitStatistics) -> Spread:
 # ------------------------------------------------------------------------------------------------------ histograms
 
 
-def _histogram(layers: Sequence[LayerStatistics]) -> alt.LayerChart:
+def _histogram(layers: Sequence[LayerStatistics]) -> Chart:
     """One layer at a time, chosen from a list."""
     names = [layer.name for layer in layers]
     chosen = alt.param("shown", value=names[0], bind=alt.binding_select(options=names, name="layer "))
@@ -83,7 +84,7 @@ def _histograms(layers: Sequence[LayerStatistics]) -> alt.ConcatChart:
     return alt.concat(*charts, columns=_ACROSS)
 
 
-def _histogram_parts(layers: Sequence[LayerStatistics], *, still: bool) -> list[alt.Chart]:
+def _histogram_parts(layers: Sequence[LayerStatistics], *, still: bool) -> list[Chart]:
     title = "standard deviations" if still else "latent weight, in standard deviations of its filter"
     x = alt.X("from:Q", title=title)
     bars = (
@@ -172,7 +173,7 @@ def _dots(
     title: str,
     figure: Callable[[BitStatistics], Spread],
     lines: dict[str, float] | None = None,
-) -> alt.LayerChart:
+) -> Chart:
     rows = [
         {"layer": layer.name, "bits": selection, **vars(figure(bits))}
         for layer in layers
@@ -188,7 +189,7 @@ def dots(
     title: str,
     layers: int,
     lines: dict[str, float] | None = None,
-) -> alt.LayerChart:
+) -> Chart:
     """A dot for each layer (down) and kind (colour): mean, and as a bar the quartiles over the filters."""
     base = alt.Chart(data(rows)).encode(
         y=layer_axis(),
@@ -208,7 +209,7 @@ def dots(
     scale = alt.Scale(zero=False, nice=True)
     bars = base.mark_rule(strokeWidth=4, opacity=0.35).encode(x=alt.X("low:Q", title=title, scale=scale), x2="high:Q")
     points = base.mark_circle(size=60, opacity=1).encode(x=alt.X("mean:Q", scale=scale))
-    parts: list[alt.Chart | alt.LayerChart] = [bars, points] if lines is None else [reference(lines, "x"), bars, points]
+    parts: list[Chart] = [bars, points] if lines is None else [reference(lines, "x"), bars, points]
     return alt.layer(*parts).properties(height=layers_high(layers))
 
 

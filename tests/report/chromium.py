@@ -1,0 +1,38 @@
+"""A page in headless Chromium: what its DOM is once its scripts have run, and what they said on the console."""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+REQUIRED = "SIMAN_REQUIRE_CHROMIUM"  # set where it has to be there
+
+
+def browser() -> str:
+    """Its path; the test is skipped where there is none, or fails where there has to be one."""
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None and os.environ.get(REQUIRED):
+        pytest.fail(f"{REQUIRED} is set, and none of {', '.join(NAMES)} is installed")
+    if found is None:
+        pytest.skip(f"none of {', '.join(NAMES)} is installed")
+    return found
+
+
+def opened(page: Path, profile: Path, width: int = 1280) -> tuple[str, list[str]]:
+    """(DOM as HTML, lines of the console). The page's clock runs fast: it has 20 seconds of its own time. No host resolves."""
+    done = subprocess.run(
+        [
+            browser(), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
+            f"--window-size={width},900", "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=20000", "--enable-logging=stderr", "--v=0",
+            "--dump-dom", page.absolute().as_uri(),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )  # fmt: skip
+    return done.stdout, re.findall(r"CONSOLE[:(]\d*\)?\]? ?(.*)", done.stderr)
