@@ -7,6 +7,7 @@ ones k*/n is
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +97,7 @@ def _tiles(two: Pair) -> Iterator[Tile]:
     for label, content in zip(two.labels, (two.first, two.second), strict=True):
         newest = content.newest("binary")
         if newest is not None:
-            yield Tile(label, f"{newest['top1']:.2f} %", "top-1 at the end")
+            yield Tile(label, f"{newest['top1']:.2f} %", "top-1 of the last weights")
 
 
 def means(two: Pair) -> list[tuple[float, float]]:
@@ -117,33 +118,49 @@ def findings(two: Pair) -> list[str]:
         return ["Both runs have the same weight decay on latent weights: they say nothing about what it does."]
     with_decay, without = (means(two)[place] for place in order)
     layers = [(layer[order[0]], layer[order[1]]) for layer in two.layers]
-    lower = sum(a.bits["analytic"].ones.mean < b.bits["analytic"].ones.mean for a, b in layers)
+    bits = [(a.bits["analytic"], b.bits["analytic"]) for a, b in layers]
+    lower = sum(a.ones.mean < b.ones.mean for a, b in bits)
+    fuller = sum(a.entropy.mean < b.entropy.mean for a, b in bits)
     nearer = sum(a.distances["Laplacian"] < b.distances["Laplacian"] for a, b in layers)
+    count = len(layers)
     return [
-        f"k*/n is {with_decay[0]:.3f} with decay and {without[0]:.3f} with less or none, means over {len(layers)} layers; "
-        f"lower with "
-        f"decay in {lower} of them: {_direction(lower, len(layers))}.",
-        f"An analytic bit carries {with_decay[1]:.3f} bit of information with decay, {without[1]:.3f} with less or none; "
-        "a half bit 1 in both.",
-        f"The weights are nearer to a Laplacian with decay in {nearer} of {len(layers)} layers: "
-        f"{_direction(nearer, len(layers))}. Nearest of three distributions with decay: {_shapes(layers, 0)}; "
-        f"with less or none: {_shapes(layers, 1)}.",
+        f"k*/n, mean over {count} layers: {with_decay[0]:.3f} with decay, {without[0]:.3f} with less or none; the paper "
+        f"expects 0.37 "
+        f"with decay and more without. It is lower with decay in {lower} layers: {_direction(lower, count)}.",
+        f"Information in an analytic bit: {with_decay[1]:.3f} with decay, {without[1]:.3f} with less or none; the paper "
+        f"expects more "
+        f"without. So it is in {fuller} layers: {_direction(fuller, count)}. A half bit carries 1 in both.",
+        f"Weights are nearer to a Laplacian with decay in {nearer} layers: {_direction(nearer, count)}. Nearest of three "
+        f"distributions with decay: {_shapes(layers, 0)}; with less or none: {_shapes(layers, 1)}.",
+        *_flip_finding(two, order),
         "One run of each: another seed, network or length may say something else.",
+    ]
+
+
+def _flip_finding(two: Pair, order: tuple[int, int]) -> list[str]:
+    """How many bits flip in an epoch, where both runs recorded it: mean over layers and epochs."""
+    shares = [
+        [share for record in content.history for share in record.get("flip_rate", {}).values()]
+        for content in (two.first, two.second)
+    ]
+    if not all(shares):
+        return []
+    more, less = (100 * float(np.mean(shares[place])) for place in order)
+    return [
+        f"In an epoch {more:.1f} % of a layer's bits flip with decay, {less:.1f} % with less or none, means over the training."
     ]
 
 
 def _direction(count: int, of: int) -> str:
     """Whether so many layers agree with the paper, or with its opposite."""
     if count >= CLEAR * of:
-        return "what the paper says"
-    return "the opposite of what the paper says" if count <= (1 - CLEAR) * of else "no clear direction"
+        return "the paper's direction"
+    return "against the paper" if count <= (1 - CLEAR) * of else "no clear direction"
 
 
 def _shapes(layers: Sequence[tuple[LayerStatistics, LayerStatistics]], place: int) -> str:
-    counts: dict[str, int] = {}
-    for layer in layers:
-        counts[layer[place].shape] = counts.get(layer[place].shape, 0) + 1
-    return ", ".join(f"{name} in {count}" for name, count in sorted(counts.items(), key=lambda item: -item[1]))
+    counts = Counter(layer[place].shape for layer in layers)
+    return ", ".join(f"{name} in {count}" for name, count in counts.most_common())
 
 
 # --------------------------------------------------------------------------------------------------------- figures
@@ -156,7 +173,8 @@ def _ones(two: Pair) -> Figure:
         "Best share of ones, k*/n",
         "For each layer the share of ones that aligns a filter's bits best with its magnitudes. It depends on the "
         "weights' distribution "
-        "alone; dashed, what it is for three of them. Dots are means over the filters, bars their middle half.",
+        "alone; dashed, what it is for three of them; 1 where all magnitudes are about equal. Dots are means over the "
+        "filters, bars their middle half.",
         chart,
     )
 
@@ -184,7 +202,8 @@ def _weights(two: Pair) -> Figure:
     chosen = alt.param("shown", value=names[0], bind=alt.binding_select(options=names, name="layer "))
     chart = _densities(two, two.layers).transform_filter("datum.layer == shown").add_params(chosen)
     stills = [
-        _densities(two, [layers]).properties(title=layers[0].name, width=170, height=110) for layers in two.layers
+        _densities(two, [layers], "standard deviations").properties(title=layers[0].name, width=170, height=110)
+        for layers in two.layers
     ]
     return Figure(
         "weights",
@@ -197,7 +216,11 @@ def _weights(two: Pair) -> Figure:
     )
 
 
-def _densities(two: Pair, layers: Sequence[tuple[LayerStatistics, LayerStatistics]]) -> Chart:
+def _densities(
+    two: Pair,
+    layers: Sequence[tuple[LayerStatistics, LayerStatistics]],
+    title: str = "latent weight, in standard deviations of its filter",
+) -> Chart:
     rows = [
         {"layer": layer.name, "run": label, "weight": round(float(centre), 3), "density": round(float(density), 4)}
         for both in layers
@@ -206,7 +229,7 @@ def _densities(two: Pair, layers: Sequence[tuple[LayerStatistics, LayerStatistic
     ]
     chart: Chart = alt.Chart(data(rows)).mark_line(interpolate="step", strokeWidth=1.8)
     return chart.encode(
-        x=alt.X("weight:Q", title="latent weight, in standard deviations of its filter"),
+        x=alt.X("weight:Q", title=title),
         y=alt.Y("density:Q"),
         color=alt.Color(
             "run:N", scale=colours(list(two.colours), list(two.colours.values())), legend=legend(lines=True)
@@ -273,13 +296,14 @@ def _layer_table(two: Pair) -> Table:
         for a, b in two.layers
     ]
     columns = ["layer", "nearest distribution"]
-    columns += [f"{what}, {label}" for what in ("k*/n", "entropy", "gap to Laplacian") for label in (first, second)]
+    columns += [f"{what}, {label}" for what in ("k*/n", "entropy", "gap") for label in (first, second)]
     return Table(
         "layers-table",
         "Layer by layer",
         columns,
         rows,
-        "Gap: the largest difference between the cumulative distributions of the weights and of the Laplacian that fits "
+        "Gap to a Laplacian: the largest difference between the cumulative distributions of the weights and of the "
+        "Laplacian that fits "
         "them best; 0 is "
         "the same distribution.",
     )

@@ -57,7 +57,10 @@ def compare(
     png: Path | None = None,
     output: Path = Path("runs"),
 ) -> Written:
-    """One HTML file about the last weights of two runs; html: None: compare-FIRST-SECOND.html beside the first. Raises InputError."""
+    """One HTML file about the last weights of two runs; html: None: compare-FIRST-SECOND.html beside the first.
+
+    Raises InputError.
+    """
     runs = [find_run(which, output) for which in (first, second)]
     html = html or runs[0].folder.parent / f"compare-{runs[0].name}-{runs[1].name}.html"
     _require_writable(html, png)

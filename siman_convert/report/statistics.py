@@ -23,6 +23,7 @@ DRAWN = 0.999  # share of the weights that the histogram's range holds
 SAMPLE = 100_000  # weights of a layer that its shape is judged by
 COMPARED: tuple[Selection, ...] = ("half", "analytic")
 SHAPES = ("Laplacian", "Gaussian", "uniform")
+FAR = 0.1  # a gap between distributions that makes them different in kind
 Floats = npt.NDArray[np.float64]
 
 
@@ -82,8 +83,9 @@ class LayerStatistics:
 
     @property
     def shape(self) -> str:
-        """The nearest of SHAPES."""
-        return min(self.distances, key=lambda name: self.distances[name])
+        """The nearest of SHAPES, or "none of them" where all are FAR."""
+        nearest = min(SHAPES, key=lambda name: self.distances[name])
+        return nearest if self.distances[nearest] < FAR else "none of them"
 
     def laplacian(self) -> Floats:
         """The density of the fitted Laplacian at the histogram's centres."""

@@ -70,7 +70,8 @@ def _curves(content: Content, field: str, title: str, line: dict[str, float]) ->
     parts: list[Chart] = [reference(line, "y")] if line else []
     parts.append(base.transform_filter(trained).mark_line(strokeWidth=2))
     parts.append(base.transform_filter(trained).mark_circle(size=30, opacity=1))
-    parts.append(base.transform_filter(again).mark_point(shape="diamond", size=90, filled=True, opacity=1))
+    if any(row["kind"] == "again" for row in rows):
+        parts.append(base.transform_filter(again).mark_point(shape="diamond", size=90, filled=True, opacity=1))
     return alt.layer(*parts).properties(height=260)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from math import exp
 from typing import Any
@@ -153,15 +154,15 @@ def _histogram_caption(layers: Sequence[LayerStatistics]) -> str:
         "the lines are where bits agree best with magnitudes.",
         "sign": "This network takes the sign, as XNOR-Net does, and not SiMaN's magnitudes: the dashed line is at 0.",
     }[used]
-    counts = {shape: sum(layer.shape == shape for layer in layers) for shape in layers[0].distances}
-    nearest = ", ".join(f"{count} to a {shape}" for shape, count in counts.items() if count)
+    counts = Counter(layer.shape for layer in layers)
+    nearest = ", ".join(f"{shape} in {count}" for shape, count in counts.most_common())
     return (
         "Training moves full-precision (latent) weights; the network only ever uses the bit that each of them stands for. "
         f"{rule} Thresholds are each filter's own, the lines their mean. Spikes come from SiMaN's clip, which sets a "
         f"layer's smallest and "
         "largest magnitudes to common values. The curve is the Laplacian that fits best, which is "
-        f"what l2 is said to drive weights to. Of {len(layers)} layers, by the largest gap between distributions, "
-        f"these are nearest: {nearest} distribution."
+        f"what l2 is said to drive weights to. Nearest to Laplacian, "
+        f"Gaussian and uniform by the largest gap between distributions: {nearest} of {len(layers)} layers."
     )
 
 
@@ -224,7 +225,8 @@ def _ones_caption(used: str) -> str:
         "magnitudes "
         "are equal). analytic: the share that aligns bits and magnitudes best, k*/n in the paper. It depends on the "
         "distribution of "
-        "the weights alone: dashed, what it is for three of them. Dots are means over the filters of a layer, bars their middle "
+        "the weights alone: dashed, what it is for three of them; 1 where all are about equal. Dots are means over the "
+        "filters of a layer, bars their middle "
         f"half. {now[used]}"
     )
 

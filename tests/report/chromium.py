@@ -24,15 +24,8 @@ def browser() -> str:
 
 def opened(page: Path, profile: Path, width: int = 1280) -> tuple[str, list[str]]:
     """(DOM as HTML, lines of the console). The page's clock runs fast: it has 20 seconds of its own time. No host resolves."""
-    done = subprocess.run(
-        [
-            browser(), "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}",
-            f"--window-size={width},900", "--host-resolver-rules=MAP * ~NOTFOUND", "--virtual-time-budget=20000", "--enable-logging=stderr", "--v=0",
-            "--dump-dom", page.absolute().as_uri(),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    )  # fmt: skip
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", "--enable-logging=stderr", "--v=0"]
+    flags += [f"--user-data-dir={profile}", f"--window-size={width},900", "--virtual-time-budget=20000"]
+    command = [browser(), *flags, "--host-resolver-rules=MAP * ~NOTFOUND", page.absolute().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     return done.stdout, re.findall(r"CONSOLE[:(]\d*\)?\]? ?(.*)", done.stderr)

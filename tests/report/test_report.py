@@ -82,8 +82,9 @@ def test_names_that_end_scripts_are_text(content: Content, tmp_path: Path) -> No
     hostile = replace(content.predictions, classes=("0", "1", name))
     mistakes = tuple(replace(one, truth=name, answer=name) for one in hostile.mistakes)
     layers = tuple(replace(layer, name=f"{name}{layer.name}") for layer in content.layers)
-    html = render(run_page(replace(content, predictions=replace(hostile, mistakes=mistakes), layers=layers,
-                                   folder=Path(name), left_out=name)))  # fmt: skip
+    text = json.dumps(content.history).replace('"layer', f'"{name}layer').replace('"conv', f'"{name}conv')
+    changed = replace(content, layers=layers, history=tuple(json.loads(text)), folder=Path(name), left_out=name)
+    html = render(run_page(replace(changed, predictions=replace(hostile, mistakes=mistakes))))
     assert name not in html
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert name in json.dumps(figures_of(html), ensure_ascii=False)
@@ -162,6 +163,17 @@ def test_runs_from_before_flips_were_recorded(copied: Run) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in old))
     assert siman(["report", str(copied.folder), "--device", "cpu"]) == 0
     assert set(figures_of((copied.folder / "report.html").read_text(encoding="utf-8"))) == set(FIGURES) - {"flips"}
+
+
+def test_a_run_that_trained_nothing(copied: Run, tmp_path: Path) -> None:
+    """As the recipe post-training leaves it: one evaluation."""
+    path = copied.folder / "metrics.jsonl"
+    (only,) = (line for line in path.read_text().splitlines() if '"epoch": 0' in line)
+    path.write_text(only + "\n")
+    assert siman(["report", str(copied.folder), "--device", "cpu"]) == 0
+    dom, console = opened(copied.folder / "report.html", tmp_path / "profile")
+    assert console == []
+    assert f'data-drawn="{len(FIGURES) - 1}"' in dom
 
 
 def test_predictions_against_the_model_one_image_at_a_time(trained: Trained, content: Content) -> None:
