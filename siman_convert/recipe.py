@@ -97,6 +97,7 @@ class Recipe(BaseModel):
     lr: PositiveFloat = 0.02  # of one optimizer step, whatever the batch size
     momentum: ShareBelowOne = 0.9  # of sgd
     weight_decay: NonNegative = 1e-4  # never on the parameters of binary layers
+    latent_weight_decay: NonNegative = 0.0  # on their latent weights; above 0 only to see what it does to them
     warmup_epochs: Count = 0
     warmup_lr: NonNegative = 1e-5
     min_lr: NonNegative = 0.0

@@ -44,27 +44,30 @@ class Span:
                    recipe.clipped_epochs, at.recipe.lr)  # fmt: skip
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, weight_decay: float, latent_weight_decay: float = 0.0) -> list[dict[str, Any]]:
     """Weight decay 0 on every parameter of the binary layers, alpha, bias and shifts included; `weight_decay` elsewhere.
 
     l2 drives latent weights to a Laplacian, whose best bits carry less than one bit each; so the paper removes it there. In a
-    stage of binary activations alone weights are no latents and decay as any others.
+    stage of binary activations alone weights are no latents and decay as any others. `latent_weight_decay` is
+    for latents all the same.
     """
     layers = binary_layers(model).values()
     thresholds = [module for module in model.modules() if isinstance(module, Shift)]
     binary = {id(p) for layer in (*layers, *thresholds) for p in layer.parameters()}
     binary -= {id(layer.weight) for layer in layers if layer.binarizes == "activations"}
+    latents = {id(layer.weight) for layer in layers} & binary if latent_weight_decay else set()
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if id(p) not in binary], "weight_decay": weight_decay},
-        {"params": [p for p in trained if id(p) in binary], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in binary - latents], "weight_decay": 0.0},
+        {"params": [p for p in trained if id(p) in latents], "weight_decay": latent_weight_decay},
     ]
     return [group for group in groups if group["params"]]
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe, lr: float) -> torch.optim.Optimizer:
     """The recipe's optimizer; momentum without dampening or Nesterov, as the authors'."""
-    groups = parameter_groups(model, recipe.weight_decay)
+    groups = parameter_groups(model, recipe.weight_decay, recipe.latent_weight_decay)
     if recipe.opt == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=recipe.momentum)
     return torch.optim.AdamW(groups, lr=lr)

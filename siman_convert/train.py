@@ -32,6 +32,7 @@ from siman_convert.binarize import clip_percent
 from siman_convert.data import AnySplit, BadRecord, Batch, Transform, eval_loader, iterate, train_loader
 from siman_convert.errors import InputError, Interrupted, SimanError
 from siman_convert.files import disk_errors
+from siman_convert.flips import Flips
 from siman_convert.guards import Stop
 from siman_convert.metrics import Metrics, evaluate_model
 from siman_convert.objective import Objective
@@ -42,6 +43,7 @@ from siman_convert.surgery import binary_layers
 from siman_convert.watch import Meter, Watcher
 
 EMA = "ema.safetensors"  # in a state
+BITS = "bits.safetensors"  # in a state saved within an epoch: the bits that it began with
 CHECK_STEPS = 20  # on an accelerator the loss is read this often: every reading waits for the device
 
 
@@ -92,7 +94,8 @@ class Phase:
             if recipe.channels_last:
                 network.to(memory_format=torch.channels_last)
             network.to(accelerator.device)
-        self.layers = list(binary_layers(self.model).values())
+        layers = binary_layers(self.model)
+        self.layers, self.flips = list(layers.values()), Flips(layers)
         self.mix = _mixing(recipe, self.data.classes)
         optimizer = make_optimizer(self.model, recipe, lr=self.span.lr)
         self.batches = _trainable_batches(len(self.data.train), recipe.batch_size, accelerator.num_processes)
@@ -115,6 +118,7 @@ class Phase:
             self.accelerator.load_state(str(state))
             if self.ema:
                 self.ema.module.load_state_dict(safetensors.torch.load_file(state / EMA))
+            self.flips.load(state / BITS)
         except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, UnpicklingError) as error:
             reason = " ".join(str(error).split())[:160]
             raise InputError(
@@ -172,6 +176,8 @@ class Phase:
             if self.accelerator.is_main_process:
                 if self.ema:
                     save_weights(self.ema.module, draft / EMA)
+                if self.progress.step:
+                    self.flips.save(draft / BITS)
                 if self.progress.publish:
                     save_weights(self.evaluated_model, draft / EVALUATED)
                 self.run.commit(draft, self.progress)
@@ -213,6 +219,7 @@ class Phase:
         progress, accelerator = self.progress, self.accelerator
         if progress.step == 0:
             progress.sums = {"loss": 0.0, "correct": 0.0, "images": 0.0, "steps": 0.0, "seconds": 0.0}
+            self.flips.start()
         meter = Meter(progress.sums, self._sum_over_processes, accelerator.num_processes)
         self.module.train()
         self.watcher.start_epoch(self.name, self._epoch, self.span.total, self.steps, progress.step)
@@ -296,6 +303,8 @@ class Phase:
             "lr": self.optimizer.param_groups[0]["lr"],
             "train_seconds": round(sums["seconds"], 3),
         }
+        if rates := self.flips.rates():
+            record["flip_rate"] = rates
         progress.epoch, progress.step, progress.sums = progress.epoch + 1, 0, {}
         self.conclude(metrics, record)
 

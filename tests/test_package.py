@@ -18,9 +18,9 @@ ORDER = [
     "trace", "topology", "plans", "surgery", "costs", "networks", "model_table", "data", "guards", "onnx_op",
     "onnx_quantized_op", "runtime", "metrics", "models", "runs", "frozen", "description", "metadata", "packed", "onnx_fold",
     "onnx_file", "onnx_preprocess", "onnx_int8_plan", "onnx_int8_conv", "onnx_int8", "onnx_export", "subjects", "backends",
-    "watch", "tracking", "calibrate", "objective", "schedule", "train", "evaluation", "operator_check", "verification",
-    "prediction", "snippet", "card", "publishing", "exporting", "benchmark", "inspection", "duration", "trial", "preparation",
-    "conversion", "doctor", "cli",
+    "watch", "tracking", "flips", "calibrate", "objective", "schedule", "train", "evaluation", "operator_check", "verification",
+    "prediction", "snippet", "card", "publishing", "exporting", "benchmark", "inspection", "report", "duration", "trial",
+    "preparation", "conversion", "doctor", "cli",
 ]  # fmt: skip
 
 

@@ -27,6 +27,7 @@ def test_shipped_recipes_are_valid_and_explained() -> None:
         "post-training",
         "quick",
         "two-step",
+        "with-l2",
     }
     for name, summary in shipped_recipes().items():
         load_recipe(name)

@@ -11,7 +11,7 @@ from siman_convert.data import BadRecord, Batch
 from siman_convert.errors import InputError
 from siman_convert.layers import SiMaNConv2d
 from siman_convert.metrics import evaluate_model
-from siman_convert.recipe import Recipe
+from siman_convert.recipe import Recipe, load_recipe
 from siman_convert.schedule import make_optimizer, make_schedule, parameter_groups
 from siman_convert.train import _trainable_batches
 from siman_convert.watch import Meter
@@ -35,6 +35,17 @@ def test_weight_decay_spares_every_parameter_of_binary_layers() -> None:
     assert len(spared["params"]) == 3  # weight, alpha, bias
     assert (decayed["weight_decay"], spared["weight_decay"]) == (5e-4, 0.0)
     assert len(decayed["params"]) + 3 == len(list(model.parameters()))
+
+
+def test_latents_decay_where_that_is_asked_for_and_nothing_else_of_their_layer() -> None:
+    model = small_net()
+    model(torch.randn(2, 3, 8, 8))
+    _, spared, latents = parameter_groups(model, 5e-4, 1e-2)
+    assert [id(p) for p in latents["params"]] == [id(model[2].weight)]
+    assert {id(p) for p in spared["params"]} == {id(model[2].alpha), id(model[2].bias)}
+    assert latents["weight_decay"] == 1e-2
+    optimizer = make_optimizer(model, load_recipe("with-l2"), lr=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [5e-4, 0.0, 1e-2]
 
 
 def test_frozen_parameters_have_no_optimizer() -> None:

@@ -71,9 +71,13 @@ class Absent:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What `bench` found. image_shape: of what the graphs take, without the batch; kernels: the variant that ran."""
+    """What `bench` found. image_shape: of what the graphs take, without the batch; kernels: the variant that ran.
+
+    run: the folder of the run that was measured, or in whose folder the file lies.
+    """
 
     subject: str
+    run: Path | None
     description: Description
     image_shape: Shape
     takes_images: bool
@@ -134,6 +138,7 @@ def bench(
         progress("exporting the networks", 0.0)
         binary, takes_images = _write_binary(subject, Path(folder), engine)
         description, name = subject.description, subject.name
+        run = subject.run.folder if subject.run else None
         del subject  # it holds the weights, which the file has
         contestants, absent = _contestants(binary, description, takes_images, progress)
         setting = _Setting(numbers, sizes, seconds, image_shape(description, takes_images), takes_images)
@@ -142,6 +147,7 @@ def bench(
         layers = _layers(binary, setting, progress)
     return Benchmark(
         subject=name,
+        run=run,
         description=description,
         image_shape=setting.shape,
         takes_images=takes_images,

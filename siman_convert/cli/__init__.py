@@ -17,7 +17,7 @@ from typer.completion import (  # type: ignore[attr-defined, unused-ignore]
     show_callback,
 )
 
-from siman_convert.cli import bench, convert, doctor, evaluate, export, inspect, models, predict, recipes, runs, verify
+from siman_convert.cli import bench, convert, doctor, evaluate, export, inspect, models, predict, recipes, report, runs, verify
 from siman_convert.cli.common import QUIET
 from siman_convert.errors import SimanError
 from siman_convert.launch import fails_first
@@ -52,6 +52,7 @@ def make_app(rich_help: bool = True) -> typer.Typer:
     app.command("predict")(predict.predict)
     app.command("verify")(verify.verify)
     app.command("bench")(bench.bench)
+    app.command("report")(report.report)
     app.command("inspect")(inspect.inspect)
     app.command("models")(models.models)
     app.command("runs")(runs.runs)

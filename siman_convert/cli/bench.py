@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from siman_convert.cli import complete
-from siman_convert.cli.common import RUNS, Json, Output, print_json, say_what_runs_slowly
+from siman_convert.cli.common import RUNS, SCHEMA_VERSION, Json, Output, print_json, say_what_runs_slowly
 
 
 def bench(
@@ -34,7 +34,7 @@ def bench(
     """Time a binary network beside full precision.
 
     And beside int8 of the same architecture; all take turns in one process. Prints latency, throughput, whether binary is
-    faster, sizes, and every layer's time.
+    faster, sizes, and every layer's time. A run's figures stay in its folder as bench.json, for `siman report`.
     """
     from rich.console import Console
 
@@ -42,6 +42,8 @@ def bench(
     from siman_convert.benchmark.comparison import bench
     from siman_convert.cli.bench_text import ProgressLine, bench_record, render_bench
     from siman_convert.errors import InputError
+    from siman_convert.files import disk_errors, write_json
+    from siman_convert.report.timing import FILE
     from siman_convert.subjects import is_file
 
     if last and what is not None and is_file(what):
@@ -65,6 +67,9 @@ def bench(
         print_json(bench_record(found))
     else:
         render_bench(Console(), found)
+    if found.run is not None:
+        with disk_errors(found.run):
+            write_json(found.run / FILE, {"schema_version": SCHEMA_VERSION, **bench_record(found)})
 
 
 def _numbers(flag: str, text: str) -> list[int]:
