@@ -52,7 +52,8 @@ EVALUATED = "evaluated.safetensors"  # in a state: the weights whose metrics the
 @dataclass(frozen=True)
 class RunInfo:
     """run.json. `data`: what open_source takes; `preprocess`: data.Preprocess as a dict; `weights`: what load_model takes;
-    `new_head`: the classifier was drawn at random, so that the starting model's accuracy means nothing."""
+    `new_head`: the classifier was drawn at random, so that the starting model's accuracy means nothing. `images`: training and
+    validation images; `data_digest`: Source.digest, empty in runs of versions that did not keep it."""
 
     model: str
     classes: tuple[str, ...]
@@ -64,6 +65,8 @@ class RunInfo:
     recipe_digest: str
     created: str
     siman_version: str
+    images: tuple[int, int] = (0, 0)
+    data_digest: str = ""
     format: int = FORMAT
 
 
@@ -178,11 +181,19 @@ class Run:
 
     def progress(self) -> Progress:
         """What the newest state says; a fresh Progress where there is none."""
-        state = self.state()
-        if state is None:
-            return Progress()
-        path = state / "progress.json"
-        return _validated(Progress, _read_json(path), path)
+        while (state := self.state()) is not None:
+            path = state / "progress.json"
+            try:
+                return _validated(Progress, _read_json(path), path)
+            except InputError:
+                if self.state() == state:  # else training has replaced it meanwhile
+                    raise
+        return Progress()
+
+    def published(self, records: list[Record]) -> bool:
+        """Whether these are the newest state's records, so that the published weights are theirs; without a state, nobody knows
+        of others."""
+        return self.state() is None or self.progress().history == records
 
     @contextlib.contextmanager
     def locked(self, wanted: bool = True, patience: float = 0.0) -> Iterator[None]:

@@ -320,8 +320,9 @@ class Phase:
                 self.watcher.note(f"skipped an unreadable image: {path}: {why}")
         images, share = len(self.data.train) + len(self.data.val), self.recipe.max_bad_images
         if len(known) > (max(1, share * images) if share else 0):
+            first = ": ".join(next(iter(known.items())))
             raise InputError(f"{len(known)} of {images} images cannot be read, more than max_bad_images = "
-                f"{share:g} allows (--set max_bad_images=0.2 would skip more); first: {next(iter(known))}")  # fmt: skip
+                f"{share:g} allows (--set max_bad_images=0.2 would skip more); first: {first}")  # fmt: skip
 
     def _agreed(self, flag: bool) -> bool:
         """Whether any process says so: all have to act alike."""

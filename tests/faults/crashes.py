@@ -35,6 +35,7 @@ WEIGHTS = ("full-precision", "best", "last")
 TIMES = ("train_seconds", "eval_seconds")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
+MOST = 25  # kills of one run
 LIMIT = 600.0  # seconds; a trial that takes longer hangs
 
 Outcome = tuple[dict[str, bytes], list[dict[str, Any]]]
@@ -178,22 +179,18 @@ def outcome(conversion: Conversion) -> Outcome:
 
 def killed_at_change(conversion: Conversion, at: int) -> int:
     """Kill before change number `at`, then go on to the end; returns the kills."""
-    killed = ended(forked(lambda: watched(conversion, at))) is None
+    killed = stopped_at(conversion, at) is None
     whole(conversion)
     finish(conversion)
     return int(killed)
 
 
-def killed_at_moments(conversion: Conversion, chance: random.Random, seconds: float, most: int = 4) -> int:
-    """Kill up to `most` times, then go on to the end; returns the kills. A whole conversion takes about so many seconds."""
+def killed_again_and_again(conversion: Conversion, most: int, attempt: Callable[[Conversion], int | None]) -> int:
+    """Kill up to `most` times, mostly while it goes on after the kill before, then go on to the end; returns the kills."""
     kills = 0
-    for attempt in range(most):
-        after = chance.uniform(0, seconds) / (1 + attempt)  # what is left of it is shorter every time
-        code = ended(forked(lambda: run_command(conversion.command)), after=after)
+    while kills < most and (code := attempt(conversion)) != 0:
+        assert code is None, f"a resumed conversion ended with {code}"
         whole(conversion)
-        if code is not None:
-            assert code == 0, f"a resumed conversion ended with {code}"
-            break
         kills += 1
     finish(conversion)
     return kills
@@ -206,7 +203,10 @@ def finish(conversion: Conversion) -> None:
 
 
 def trials(data: Path, place: Path, kills: int, seed: int) -> Iterator[tuple[str, int]]:
-    """Trials until so many kills: what each was, and its kills so far. Half at changes (spread evenly), half at random moments.
+    """Trials until so many kills: what each was, and its kills so far.
+
+    A quarter of the kills is one a run, before changes at equal distances. Then runs are killed again and again, in turn before
+    changes and at moments drawn at random.
 
     Raises AssertionError with the trial's name where a run did not end as the one that nobody killed.
     """
@@ -214,20 +214,36 @@ def trials(data: Path, place: Path, kills: int, seed: int) -> Iterator[tuple[str
     reference = Conversion(data, place / "reference")
     count, seconds = boundaries(reference)
     expected = outcome(reference)
-    wanted = [1 + round(index * (count - 1) / max(1, kills // 2 - 1)) for index in range(kills // 2)]
-    names = [f"change {at} of {count}" for at in dict.fromkeys(wanted)]
+    singles = max(1, kills // 4)
     for number in range(1_000_000):
         if done >= kills:
             return
-        name = names[number] if number < len(names) else f"moments of seed {seed}, trial {number}"
-        conversion = Conversion(data, place / f"trial-{number}")
+        conversion, most = Conversion(data, place / f"trial-{number}"), min(MOST, kills - done)
         try:
-            if number < len(names):
-                done += killed_at_change(conversion, int(name.split()[1]))
+            if number < singles:
+                at = 1 + round(number * (count - 1) / max(1, singles - 1))
+                name = f"before change {at} of {count}"
+                done += killed_at_change(conversion, at)
+            elif (number - singles) % 2 == 0:
+                name = f"seed {seed}, trial {number}: before changes"
+                done += killed_again_and_again(conversion, most, lambda run: stopped_at(run, chance.randint(1, 40)))
             else:
-                done += killed_at_moments(conversion, chance, seconds)
+                name = f"seed {seed}, trial {number}: at moments"
+                done += killed_again_and_again(
+                    conversion, most, lambda run: stopped_after(run, chance.uniform(0, seconds / 3))
+                )
             assert outcome(conversion) == expected, "it ended otherwise than the run that nobody killed"
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
         shutil.rmtree(conversion.output)
         yield name, done
+
+
+def stopped_at(conversion: Conversion, at: int) -> int | None:
+    """Begin or go on, and die before change number `at`; the exit code where it ended before that, else None."""
+    return ended(forked(lambda: watched(conversion, at)))
+
+
+def stopped_after(conversion: Conversion, seconds: float) -> int | None:
+    """Begin or go on for so long; the exit code where it ended before that, else None."""
+    return ended(forked(lambda: run_command(conversion.command)), after=seconds)
