@@ -177,6 +177,8 @@ def _create_run(job: Job, options: Options, accelerator: Accelerator) -> Run:
             recipe_digest=job.recipe.digest(),
             created=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             siman_version=siman_version(),
+            images=(len(job.source.train), len(job.source.val)),
+            data_digest=job.source.digest(),
         )
         name = options.experiment or run_name(job.loaded.name, job.source.name)
         environment = describe_environment(accelerator.device)

@@ -12,22 +12,42 @@ from typing import Any
 from siman_convert.errors import SimanError
 
 TEMPORARY_PREFIX = ".tmp-"  # what a killed process may leave behind, and nothing else
+ABANDONED = 3600.0  # seconds; no writer takes so long between making its temporary file and renaming it
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, else remove it."""
-    descriptor, name = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it to `path`, else remove it.
+
+    What others write for the same path stays theirs: of several at once, the last to end gives the file.
+    """
+    descriptor, name = tempfile.mkstemp(prefix=temporary_prefix(path), dir=path.parent)
     os.close(descriptor)
     temporary = Path(name)
     try:
+        _remove_abandoned(path, temporary)
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         flush_to_disk(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_prefix(path: Path) -> str:
+    """How the names of temporary files for `path` begin; a whole long name would leave no room for the rest."""
+    return f"{TEMPORARY_PREFIX}{path.name[:100]}-"
+
+
+def _remove_abandoned(path: Path, new: Path) -> None:
+    """Remove what killed processes left of `path`. `new` was just made: both ages are by the clock of the file system."""
+    now = new.stat().st_mtime
+    for other in path.parent.iterdir():
+        if other.name.startswith(temporary_prefix(path)):
+            with contextlib.suppress(OSError):  # another writer may be done with it, or remove it, at this moment
+                if now - other.stat().st_mtime > ABANDONED:
+                    other.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -72,7 +92,8 @@ def _disk_reason(error: Exception) -> str | None:
     return "cannot write (is the disk full?)" if writer_failed else None
 
 
-def _umask() -> int:
+def umask() -> int:
+    """This process's mask of file permissions."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

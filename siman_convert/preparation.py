@@ -24,7 +24,7 @@ from siman_convert.models import LoadedModel, create, load_model, usual_weights
 from siman_convert.objective import attention_distance, stage_outputs
 from siman_convert.plans import Plan, make_plan
 from siman_convert.recipe import Recipe
-from siman_convert.runs import Run
+from siman_convert.runs import Run, RunInfo
 from siman_convert.schedule import Span
 from siman_convert.subjects import open_run_data
 from siman_convert.train import Data
@@ -121,6 +121,7 @@ def check_resumed_job(run: Run, workers: int, watcher: Watcher) -> Job:
             f"{run.folder / 'recipe.yaml'} was changed since the run started; undo that, or start a new run"
         )
     source = open_run_data(run)
+    _require_same_images(source, info)
     _report_data(source, watcher)
     if run.state() is None:
         torch.manual_seed(recipe.seed)
@@ -134,6 +135,16 @@ def check_resumed_job(run: Run, workers: int, watcher: Watcher) -> Job:
     _require_stages(job)
     _report_teacher(job, watcher)
     return job
+
+
+def _require_same_images(source: Source, info: RunInfo) -> None:
+    """Raise InputError where images came or went: all orders and --val-split's choice are drawn from their list."""
+    if info.data_digest in ("", source.digest()):
+        return
+    now, then = (f"{train:,} + {val:,}" for train, val in ((len(source.train), len(source.val)), info.images))
+    raise InputError(f"{source.spec}: its images changed since the run started ({now} for training and validation, {then} then; "
+                     "or their names); put back what is gone (an empty file of that name will do, it is skipped as unreadable), "
+                     "remove what is new, or start a new run")  # fmt: skip
 
 
 def check_export(job: Job, watcher: Watcher) -> None:

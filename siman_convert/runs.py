@@ -9,12 +9,12 @@
 
 The state is the truth. A commit writes a whole state under a temporary name, flushes it and renames it: before the rename the
 former state counts, after it the new one. Weights and metrics.jsonl are published from the committed state afterwards; a
-kill in between is mended by publishing again on resume. The parent folder's `last` names the newest run.
+kill in between is mended by publishing again on resume. The parent folder's `last` names the newest run; its `.lock` is held
+while one is made there.
 """
 
 import contextlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -25,8 +25,17 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter, ValidationError
 
+from siman_convert.drafts import draft_folder, give_name
 from siman_convert.errors import InputError
-from siman_convert.files import TEMPORARY_PREFIX, disk_errors, flush_to_disk, replacing, write_json, write_text
+from siman_convert.files import (
+    TEMPORARY_PREFIX,
+    disk_errors,
+    flush_to_disk,
+    replacing,
+    temporary_prefix,
+    write_json,
+    write_text,
+)
 from siman_convert.recipe import Recipe, build_recipe, parse_recipe
 
 if TYPE_CHECKING:
@@ -36,13 +45,15 @@ Record = dict[str, Any]
 T = TypeVar("T")
 FORMAT = 2  # of run.json and the state; raised when a reader of the old one would be wrong
 MAX_JSON_BYTES = 64 << 20  # class names of the largest data sets fit many times over
+PUBLISHED = ("metrics.jsonl", *(f"{name}.safetensors" for name in ("best", "last", "full-precision", "teacher")))
 EVALUATED = "evaluated.safetensors"  # in a state: the weights whose metrics the last record holds
 
 
 @dataclass(frozen=True)
 class RunInfo:
     """run.json. `data`: what open_source takes; `preprocess`: data.Preprocess as a dict; `weights`: what load_model takes;
-    `new_head`: the classifier was drawn at random, so that the starting model's accuracy means nothing."""
+    `new_head`: the classifier was drawn at random, so that the starting model's accuracy means nothing. `images`: training and
+    validation images; `data_digest`: Source.digest, empty in runs of versions that did not keep it."""
 
     model: str
     classes: tuple[str, ...]
@@ -54,6 +65,8 @@ class RunInfo:
     recipe_digest: str
     created: str
     siman_version: str
+    images: tuple[int, int] = (0, 0)
+    data_digest: str = ""
     format: int = FORMAT
 
 
@@ -102,22 +115,17 @@ class Run:
 
     @classmethod
     def create(cls, output: Path, name: str, info: RunInfo, recipe: Recipe, plan: "Plan", environment: Record) -> "Run":
-        """A new folder `output/name` (`-2`, `-3` ... where taken), visible under its name only when complete."""
-        output.mkdir(parents=True, exist_ok=True)
-        draft = cls(output / f"{TEMPORARY_PREFIX}{name}-{os.getpid()}")
-        shutil.rmtree(draft.folder, ignore_errors=True)
-        try:
-            (draft.folder / "state").mkdir(parents=True)
-            write_json(draft.folder / "run.json", asdict(info))
-            write_json(draft.folder / "plan.json", plan.to_dict())
-            write_json(draft.folder / "environment.json", environment)
-            write_text(draft.folder / "recipe.yaml", recipe.to_yaml())
-            run = cls(_rename_to_free_name(draft.folder, output, name))
-        except BaseException:
-            shutil.rmtree(draft.folder, ignore_errors=True)
-            raise
-        write_text(output / "last", run.folder.name + "\n")
-        return run
+        """A new folder `output/name` (`-2`, `-3` ... where taken), visible under its name only when complete.
+
+        Of several processes that make one in the same `output` each gets its own. What killed ones left there is removed.
+        """
+        with draft_folder(output) as folder:
+            (folder / "state").mkdir()
+            write_json(folder / "run.json", asdict(info))
+            write_json(folder / "plan.json", plan.to_dict())
+            write_json(folder / "environment.json", environment)
+            write_text(folder / "recipe.yaml", recipe.to_yaml())
+            return cls(give_name(folder, output, name))
 
     @property
     def name(self) -> str:
@@ -173,11 +181,19 @@ class Run:
 
     def progress(self) -> Progress:
         """What the newest state says; a fresh Progress where there is none."""
-        state = self.state()
-        if state is None:
-            return Progress()
-        path = state / "progress.json"
-        return _validated(Progress, _read_json(path), path)
+        while (state := self.state()) is not None:
+            path = state / "progress.json"
+            try:
+                return _validated(Progress, _read_json(path), path)
+            except InputError:
+                if self.state() == state:  # else training has replaced it meanwhile
+                    raise
+        return Progress()
+
+    def published(self, records: list[Record]) -> bool:
+        """Whether these are the newest state's records, so that the published weights are theirs; without a state, nobody knows
+        of others."""
+        return self.state() is None or self.progress().history == records
 
     @contextlib.contextmanager
     def locked(self, wanted: bool = True, patience: float = 0.0) -> Iterator[None]:
@@ -228,8 +244,12 @@ class Run:
         for path in self._states().iterdir():
             if path != state:
                 shutil.rmtree(path, ignore_errors=True)
-        for path in self.folder.glob(f"{TEMPORARY_PREFIX}*"):
-            path.unlink()
+        ours = tuple(
+            temporary_prefix(self.folder / name) for name in PUBLISHED
+        )  # an export may write in here meanwhile
+        for path in self.folder.iterdir():
+            if path.name.startswith(ours):
+                path.unlink()
 
     def _states(self) -> Path:
         return self.folder / "state"
@@ -276,20 +296,6 @@ def _newest(output: Path) -> Run:
     if not runs:
         raise InputError(f"no run in {output}; start one with `siman convert MODEL --data PATH`, or name a run")
     return runs[-1]
-
-
-def _rename_to_free_name(draft: Path, output: Path, name: str) -> Path:
-    """Rename a folder to the first free of name, name-2, ...; renaming onto a folder that has content fails."""
-    for attempt in range(1, 1000):
-        target = output / (name if attempt == 1 else f"{name}-{attempt}")
-        if target.exists():
-            continue
-        try:
-            return draft.rename(target)
-        except OSError:
-            if not target.exists():
-                raise
-    raise InputError(f"{output / name} and 999 names after it are taken; choose another --output")
 
 
 def _copy(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,11 +19,12 @@ from siman_convert.frozen import freeze
 from siman_convert.models import create
 from siman_convert.onnx_file import OnnxFile, read_onnx
 from siman_convert.packed import load
-from siman_convert.runs import Run, find_run
+from siman_convert.runs import Record, Run, find_run
 from siman_convert.surgery import apply_plan
 
 Which = Literal["best", "last"]
 SUFFIXES = (".safetensors", ".onnx")
+READINGS = 20  # of a run that changes while it is read
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def _require_described(file: OnnxFile, path: Path) -> None:
 def packed_run(run: Run, which: Which = "best") -> nn.Module:
     """The packed form of a run's weights, described. Raises InputError."""
     info = run.info()
-    model = freeze(load_run_model(run, which))
+    trained, records = _weights_and_records(run, which)
+    model = freeze(trained)
     description = Description(
         architecture=info.model,
         plan=run.plan(),
@@ -93,19 +96,33 @@ def packed_run(run: Run, which: Which = "best") -> nn.Module:
         classes=info.classes,
         weights=which,
         recipe_digest=info.recipe_digest,
-        accuracy=_accuracy(run, which),
+        accuracy=_accuracy(records, which, info.data_name),
         siman_version=siman_version(),
     )
     return describe(model, description)
 
 
-def _accuracy(run: Run, which: Which) -> Accuracy | None:
+def _weights_and_records(run: Run, which: Which) -> tuple[nn.Module, list[Record]]:
+    """The model and metrics that belong to it, though both may be replaced by a training at this moment. Raises InputError."""
+    for _ in range(READINGS):
+        records = run.metrics()
+        model = load_run_model(run, which)
+        if run.metrics() == records and run.published(records):
+            return model, records
+        time.sleep(0.25)
+    raise InputError(
+        f"{run.folder}: its weights and metrics are not of one epoch: it was killed between the two, mend it with "
+        f"`siman convert --resume {run.folder}`; or it is being trained with epochs of a second: wait"
+    )
+
+
+def _accuracy(records: list[Record], which: Which, data: str) -> Accuracy | None:
     """What training measured for these weights; `siman eval` repeats it."""
-    records = [record for record in run.metrics() if record.get("phase") == "binary"]
+    records = [record for record in records if record.get("phase") == "binary"]
     if not records:
         return None
     record = max(records, key=lambda record: record["top1"]) if which == "best" else records[-1]
-    return Accuracy(record["top1"], record["top5"], record["images"], run.info().data_name)
+    return Accuracy(record["top1"], record["top5"], record["images"], data)
 
 
 def load_run_model(run: Run, which: str = "best") -> nn.Module:

@@ -8,6 +8,7 @@ of their gradients is that of all images. BatchNorm's running statistics are tho
 """
 
 import contextlib
+import copy
 import hashlib
 import itertools
 import math
@@ -22,6 +23,7 @@ import safetensors.torch
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from PIL import Image
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
 from timm.utils import ModelEmaV3, distribute_bn
@@ -88,6 +90,8 @@ class Phase:
     def __post_init__(self) -> None:
         recipe, accelerator = self.span.recipe, self.accelerator
         self.name, self.recipe, self.epochs = self.span.name, recipe, self.span.epochs
+        if accelerator.num_processes > 1:
+            _freeze_unused(self.model, self.data.eval_transform(Image.new("RGB", (32, 32))))
         if recipe.sync_bn and accelerator.num_processes > 1:  # timm's: torch's drops activations fused into a BatchNorm
             self.model = convert_sync_batchnorm(self.model)
         for network in filter(None, (self.model, self.objective.teacher)):
@@ -329,8 +333,9 @@ class Phase:
                 self.watcher.note(f"skipped an unreadable image: {path}: {why}")
         images, share = len(self.data.train) + len(self.data.val), self.recipe.max_bad_images
         if len(known) > (max(1, share * images) if share else 0):
+            first = ": ".join(next(iter(known.items())))
             raise InputError(f"{len(known)} of {images} images cannot be read, more than max_bad_images = "
-                f"{share:g} allows (--set max_bad_images=0.2 would skip more); first: {next(iter(known))}")  # fmt: skip
+                f"{share:g} allows (--set max_bad_images=0.2 would skip more); first: {first}")  # fmt: skip
 
     def _agreed(self, flag: bool) -> bool:
         """Whether any process says so: all have to act alike."""
@@ -348,6 +353,20 @@ class Phase:
 def save_weights(model: nn.Module, path: Path) -> None:
     """The state_dict as safetensors; tensors that share memory are stored each."""
     safetensors.torch.save_file({k: v.detach().cpu().contiguous().clone() for k, v in model.state_dict().items()}, path)
+
+
+def _freeze_unused(model: nn.Module, image: Tensor) -> None:
+    """Freeze parameters that the output does not depend on, which get no gradient anyway: DistributedDataParallel would wait for
+    theirs for ever, and ends the training. `image`: (C, H, W) as the model takes it.
+    """
+    probe = copy.deepcopy(model).train()  # its BatchNorm statistics and generators are nobody's
+    named = {name: p for name, p in probe.named_parameters() if p.requires_grad}
+    images = torch.stack([image, image]).to(next(iter(named.values())).device)
+    with torch.random.fork_rng():
+        gradients = torch.autograd.grad(probe(images).sum(), list(named.values()), allow_unused=True)
+    for name, gradient in zip(named, gradients, strict=True):
+        if gradient is None:
+            model.get_parameter(name).requires_grad_(False)
 
 
 def _trainable_batches(images: int, batch_size: int, world: int) -> int:

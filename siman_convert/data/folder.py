@@ -1,15 +1,17 @@
 """Folders of class folders (ImageFolder): class = name of the top folder, images at any depth below it.
 
 Hidden files and folders (a leading dot) are passed over. Links are followed, each real folder once per class, so that
-a link that leads back up ends instead of turning round for ever.
+a link that leads back up ends instead of turning round for ever, or bringing in other classes.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,9 @@ class FolderSplit(Split):
             return header_size(path)
         except Exception as error:  # as in read
             raise BadImage(path, reason(error)) from error
+
+    def listing(self) -> bytes:
+        return b"\0".join(os.fsencode(path) for path in self.paths) + self.labels.tobytes()
 
     def take(self, name: str, indices: Labels) -> FolderSplit:
         """The split of the given indices only."""
@@ -111,8 +116,8 @@ def scan(root: Path, name: str) -> tuple[list[str], FolderSplit]:
         found = sorted(_images_below(str(root), class_name))
         if not found:
             raise InputError(
-                f"{printable(str(root / class_name))}: class folder without images (.jpg, .png and others); "
-                "fill it or remove it"
+                f"{printable(str(root / class_name))}: class folder without images (.jpg, .png and others)"
+                f"{other_kinds(root / class_name)}; fill it or remove it"
             )
         paths += found
         counts.append(len(found))
@@ -121,8 +126,8 @@ def scan(root: Path, name: str) -> tuple[list[str], FolderSplit]:
 
 
 def _images_below(root: str, relative: str) -> Iterator[str]:
-    """Paths relative to `root` of all images under root/relative; no folder is entered twice."""
-    seen: set[tuple[int, int]] = set()
+    """Paths relative to `root` of all images under root/relative; no folder is entered twice, and none that this one lies in."""
+    seen = {(status.st_dev, status.st_ino) for status in map(os.stat, Path(root, relative).resolve().parents)}
     waiting = [relative]
     while waiting:
         folder = waiting.pop()
@@ -178,6 +183,20 @@ def _holds_images(root: Path) -> bool:
             if any(_is_image_name(entry.name) and not entry.name.startswith(".") for entry in entries):
                 return True
     return False
+
+
+def other_kinds(folder: Path) -> str:
+    """ ", but with .heic files" where the folder or its subfolders hold files that are no images, else nothing."""
+    kinds: Counter[str] = Counter()
+    for place in (str(folder), *_subfolders(folder)):
+        with os.scandir(place) as entries:
+            kinds.update(
+                os.path.splitext(entry.name)[1].lower()  # noqa: PTH122
+                for entry in islice(entries, 1000)
+                if _is_file(entry) and not entry.name.startswith(".") and not _is_image_name(entry.name)
+            )
+    named = [printable(kind) or "nameless" for kind, _ in kinds.most_common(3)]
+    return f", but with {', '.join(named)} files" if named else ""
 
 
 def natural_key(name: str) -> tuple[list[int | str], str]:

@@ -7,6 +7,7 @@ batches; tar files. Whatever is wrong with it is one InputError of one line.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -44,6 +45,11 @@ class Source:
     train: AnySplit
     val: AnySplit
     image_size: tuple[int, int]
+
+    def digest(self) -> str:
+        """SHA-256 of the lists of images and their labels, not of pixels: equal where training would take the same images."""
+        parts = (hashlib.sha256(split.listing()).digest() for split in (self.train, self.val))
+        return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
 def open_source(spec: str, *, val_split: float | None = None, seed: int = 0) -> Source:
@@ -93,7 +99,8 @@ def _open_path(path: Path, val_split: float | None, seed: int) -> Opened:
         return "tar", "", *tars
     if folders := folder.read(path, val_split, seed):
         return "imagefolder", "", *folders
-    raise InputError(f"{shown}: no data set recognised: looked for {_LOOKED_FOR}; found {_found(path)}")
+    raise InputError(f"{shown}: no data set recognised: looked for {_LOOKED_FOR}; found {_found(path)}"
+                     f"{folder.other_kinds(path)}")  # fmt: skip
 
 
 def _existing(spec: str) -> Path:

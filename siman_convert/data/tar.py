@@ -59,6 +59,9 @@ class TarSplit(Split):
             file.seek(offset)
             return io.BytesIO(file.read(length))
 
+    def listing(self) -> bytes:
+        return "\0".join(self.members).encode("utf-8", "surrogateescape") + self.labels.tobytes()
+
     def take(self, name: str, indices: Labels) -> TarSplit:
         """The split of the given indices only."""
         members = [self.members[i] for i in indices]

@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -26,9 +27,10 @@ def main() -> None:
         place = Path(folder)
         data = write_digits(place / "digits", train=64, test=32)
         done = tried = 0
+        started = time.monotonic()
         for name, done in trials(data, place, arguments.kills, arguments.seed):
             tried += 1
-            print(f"{done} kills: {name}", flush=True)
+            print(f"{time.monotonic() - started:6.0f} s  {done} kills: {name}", flush=True)
         print(f"{done} kills in {tried} runs; every run ended as the one that nobody killed")
 
 

@@ -3,14 +3,17 @@
 A trial is a process forked from one that has imported everything, so that it takes as long as its few training steps. It ends by
 SIGKILL: nothing is flushed, no handler runs. Whatever then stands under a final name has to be whole; the run is resumed, with
 more kills, until it ends, and has to end as one that nobody killed: same bytes of weights, same metrics, nothing left over.
+Only the trial export is left out, which writes nothing and takes longer than all the rest.
 
 Changes are Python's audit events for opening a file to write, renaming, removing and making folders, inside the output folder.
 What libraries write in between is cut by the random kills.
 """
 
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -22,15 +25,18 @@ from typing import Any
 import safetensors.torch
 
 import siman_convert.cli.terminal
-import siman_convert.conversion  # noqa: F401  what every child would import for itself
+import siman_convert.conversion  # what every child would import for itself
+import siman_convert.preparation
 from siman_convert.cli import run as run_command
-from siman_convert.runs import Run, all_runs
+from siman_convert.runs import Run, all_runs, find_run
+from siman_convert.trial import Trial, trial_export
 
 WEIGHTS = ("full-precision", "best", "last")
 TIMES = ("train_seconds", "eval_seconds")
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate"}
-LIMIT = 120.0  # seconds; a trial that takes longer hangs
+MOST = 25  # kills of one run
+LIMIT = 600.0  # seconds; a trial that takes longer hangs
 
 Outcome = tuple[dict[str, bytes], list[dict[str, Any]]]
 
@@ -98,7 +104,8 @@ def changes(event: str, arguments: tuple[Any, ...], folder: str) -> bool:
 
 
 def watched(conversion: Conversion, at: int | None, report: int | None = None) -> int:
-    """Run the conversion; die just before change number `at` (from 1). `report`: a descriptor that gets the number of all."""
+    """Run the conversion; die just before change number `at` (from 1). `report`: a descriptor that gets the number of all,
+    and what the trial export answered."""
     count, folder = 0, str(conversion.output.absolute())
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -108,21 +115,40 @@ def watched(conversion: Conversion, at: int | None, report: int | None = None) -
             if count == at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+    answers: list[Trial] = []
+    seconds = 0.0
+
+    def tried(*arguments: Any) -> Trial:
+        nonlocal seconds
+        seconds = -time.monotonic()
+        answers.append(trial_export(*arguments))
+        seconds += time.monotonic()
+        return answers[0]
+
+    if report is not None:
+        siman_convert.preparation.trial_export = tried  # type: ignore[attr-defined]
     sys.addaudithook(hook)
+    started = time.monotonic()
     code = run_command(conversion.command)
     if report is not None:
-        os.write(report, str(count).encode())
+        rest = time.monotonic() - started - seconds
+        os.write(report, json.dumps([count, rest, *dataclasses.astuple(answers[0])]).encode())
     return code
 
 
-def boundaries(conversion: Conversion) -> int:
-    """Run to the end, and count the changes on the way."""
+def boundaries(conversion: Conversion) -> tuple[int, float]:
+    """Run to the end: the changes on the way, and its seconds without the trial export.
+
+    All conversions after it get the same answer from the trial export.
+    """
     reader, writer = os.pipe()
     code = ended(forked(lambda: watched(conversion, None, writer)))
     assert code == 0, f"the conversion ended with {code}"
     os.close(writer)
     with os.fdopen(reader) as pipe:
-        return int(pipe.read())
+        count, seconds, *answer = json.loads(pipe.read())
+    siman_convert.preparation.trial_export = lambda *_: Trial(*answer)  # type: ignore[attr-defined]
+    return count, seconds
 
 
 def whole(conversion: Conversion) -> None:
@@ -136,14 +162,14 @@ def whole(conversion: Conversion) -> None:
             assert {"phase", "epoch", "top1"} <= record.keys()
         for path in run.folder.glob("*.safetensors"):
             assert safetensors.torch.load_file(path)
-    last = conversion.output / "last"
-    assert not last.exists() or (conversion.output / last.read_text().strip() / "run.json").is_file()
+    if conversion.folder.exists():
+        assert find_run(None, conversion.output).folder == conversion.folder
 
 
 def outcome(conversion: Conversion) -> Outcome:
-    """The bytes of all weights, and the metrics without wall times; nothing temporary may be left in the run."""
+    """The bytes of all weights, and the metrics without wall times; nothing temporary may be left."""
     run = Run(conversion.folder)
-    left = [path.name for path in run.folder.rglob(".tmp-*")]
+    left = [path.name for path in conversion.output.rglob(".tmp-*")]
     assert not left, f"left behind: {left}"
     assert run.progress().finished(run.recipe())
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
@@ -153,21 +179,18 @@ def outcome(conversion: Conversion) -> Outcome:
 
 def killed_at_change(conversion: Conversion, at: int) -> int:
     """Kill before change number `at`, then go on to the end; returns the kills."""
-    killed = ended(forked(lambda: watched(conversion, at))) is None
+    killed = stopped_at(conversion, at) is None
     whole(conversion)
     finish(conversion)
     return int(killed)
 
 
-def killed_at_moments(conversion: Conversion, chance: random.Random, seconds: float, most: int = 4) -> int:
-    """Kill up to `most` times, each within so many seconds of its start, then go on to the end; returns the kills."""
+def killed_again_and_again(conversion: Conversion, most: int, attempt: Callable[[Conversion], int | None]) -> int:
+    """Kill up to `most` times, mostly while it goes on after the kill before, then go on to the end; returns the kills."""
     kills = 0
-    for _ in range(most):
-        code = ended(forked(lambda: run_command(conversion.command)), after=chance.uniform(0, seconds))
+    while kills < most and (code := attempt(conversion)) != 0:
+        assert code is None, f"a resumed conversion ended with {code}"
         whole(conversion)
-        if code is not None:
-            assert code == 0, f"a resumed conversion ended with {code}"
-            break
         kills += 1
     finish(conversion)
     return kills
@@ -180,29 +203,47 @@ def finish(conversion: Conversion) -> None:
 
 
 def trials(data: Path, place: Path, kills: int, seed: int) -> Iterator[tuple[str, int]]:
-    """Trials until so many kills: what each was, and its kills so far. Half at changes (spread evenly), half at random moments.
+    """Trials until so many kills: what each was, and its kills so far.
+
+    A quarter of the kills is one a run, before changes at equal distances. Then runs are killed again and again, in turn before
+    changes and at moments drawn at random.
 
     Raises AssertionError with the trial's name where a run did not end as the one that nobody killed.
     """
     chance, done = random.Random(seed), 0
     reference = Conversion(data, place / "reference")
-    started = time.monotonic()
-    count = boundaries(reference)
-    seconds = time.monotonic() - started
+    count, seconds = boundaries(reference)
     expected = outcome(reference)
-    wanted = [1 + round(index * (count - 1) / max(1, kills // 2 - 1)) for index in range(kills // 2)]
-    names = [f"change {at} of {count}" for at in dict.fromkeys(wanted)]
+    singles = max(1, kills // 4)
     for number in range(1_000_000):
         if done >= kills:
             return
-        name = names[number] if number < len(names) else f"moments of seed {seed}, trial {number}"
-        conversion = Conversion(data, place / f"trial-{number}")
+        conversion, most = Conversion(data, place / f"trial-{number}"), min(MOST, kills - done)
         try:
-            if number < len(names):
-                done += killed_at_change(conversion, int(name.split()[1]))
+            if number < singles:
+                at = 1 + round(number * (count - 1) / max(1, singles - 1))
+                name = f"before change {at} of {count}"
+                done += killed_at_change(conversion, at)
+            elif (number - singles) % 2 == 0:
+                name = f"seed {seed}, trial {number}: before changes"
+                done += killed_again_and_again(conversion, most, lambda run: stopped_at(run, chance.randint(1, 40)))
             else:
-                done += killed_at_moments(conversion, chance, seconds)
+                name = f"seed {seed}, trial {number}: at moments"
+                done += killed_again_and_again(
+                    conversion, most, lambda run: stopped_after(run, chance.uniform(0, seconds / 3))
+                )
             assert outcome(conversion) == expected, "it ended otherwise than the run that nobody killed"
         except AssertionError as error:
             raise AssertionError(f"{name}: {error}") from error
+        shutil.rmtree(conversion.output)
         yield name, done
+
+
+def stopped_at(conversion: Conversion, at: int) -> int | None:
+    """Begin or go on, and die before change number `at`; the exit code where it ended before that, else None."""
+    return ended(forked(lambda: watched(conversion, at)))
+
+
+def stopped_after(conversion: Conversion, seconds: float) -> int | None:
+    """Begin or go on for so long; the exit code where it ended before that, else None."""
+    return ended(forked(lambda: run_command(conversion.command)), after=seconds)
