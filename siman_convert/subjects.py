@@ -105,6 +105,10 @@ def _accuracy(run: Run, which: Which) -> Accuracy | None:
     if not records:
         return None
     record = max(records, key=lambda record: record["top1"]) if which == "best" else records[-1]
+    if not {"top5", "images"} <= record.keys():
+        raise InputError(
+            f"{run.folder / 'metrics.jsonl'}: malformed: expected top5 and images in every binary evaluation"
+        )
     return Accuracy(record["top1"], record["top5"], record["images"], run.info().data_name)
 
 
