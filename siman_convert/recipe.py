@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import importlib.resources
 import json
+import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.resources.abc import Traversable
@@ -26,17 +27,19 @@ from pydantic import (
     model_validator,
 )
 
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, one_line
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+Positive = Annotated[int, Field(ge=1, lt=2**63)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegative = Annotated[float, Field(ge=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 ShareBelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 Binarized = Literal["activations", "weights", "all"]
 
-MAX_RECIPE_BYTES = 1 << 20  # a recipe is a page of text; anything larger is some other file
+MAX_RECIPE_BYTES = 1 << 16  # a recipe is a page of text; anything larger is some other file
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = 120
 
 
 class Stage(BaseModel):
@@ -255,9 +258,9 @@ def read_recipe_fields(name: str) -> dict[str, Any]:
 def parse_recipe(text: str, origin: str) -> dict[str, Any]:
     """YAML text -> its fields. Raises InputError naming `origin` and the line."""
     try:
-        fields = yaml.safe_load(text)
+        fields = _from_yaml(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise InputError(f"{origin}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{origin}: not valid YAML: {one_line(' '.join(str(error).split()))}") from None
     if fields is None:
         return {}
     if not isinstance(fields, dict) or not all(isinstance(key, str) for key in fields):
@@ -269,16 +272,18 @@ def build_recipe(fields: Mapping[str, Any], origin: str) -> Recipe:
     """Validate fields into a recipe; unknown keys are refused with close matches. Raises InputError."""
     for key in fields:
         if key not in Recipe.model_fields:
-            raise InputError(f"{origin}: unknown field {key!r}{_did_you_mean(key, Recipe.model_fields)}")
+            raise InputError(f"{origin}: unknown field {_shown(key)}{_did_you_mean(key, Recipe.model_fields)}")
     try:
         return Recipe.model_validate(fields)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         what = (
-            f"{place}: {first['msg']}, got {first['input']!r}" if place else first["msg"].removeprefix("Value error, ")
+            f"{place}: {first['msg']}, got {_shown(first['input'])}"
+            if place
+            else first["msg"].removeprefix("Value error, ")
         )
-        raise InputError(f"{origin}: {what}") from None
+        raise InputError(f"{origin}: {one_line(what)}") from None
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
@@ -294,9 +299,36 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, Any]:
 
 def _parse_value(key: str, value: str) -> Any:
     try:
-        return yaml.safe_load(value)
+        return _from_yaml(value)
     except (yaml.YAMLError, RecursionError, ValueError):
         raise InputError(f"--set {key}: cannot read the value {value!r}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain values. Not aliases: with them a page of text unfolds to more values than memory holds."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name) is not read; write the value out")
+        return super().compose_node(parent, index)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        """No field needs more digits, and converting many takes time that grows with their square."""
+        if len(node.value) > 100:
+            raise yaml.YAMLError(f"a number of {len(node.value)} characters")
+        return super().construct_yaml_int(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
+
+
+def _from_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
+
+
+def _shown(value: Any) -> str:
+    """repr, cut short at any length and depth."""
+    return one_line(_REPR.repr(value))
 
 
 def shipped_recipes() -> dict[str, str]:
@@ -318,6 +350,8 @@ def recipe_text(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise InputError(f"recipe {name}: not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"recipe {name}: cannot be read ({error.strerror})") from None
 
 
 def _folder() -> Traversable:

@@ -15,15 +15,16 @@ while one is made there.
 
 import contextlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 from filelock import FileLock, Timeout
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from siman_convert.drafts import draft_folder, give_name
 from siman_convert.errors import InputError
@@ -43,6 +44,9 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 T = TypeVar("T")
+Count = Annotated[int, Field(ge=0, lt=2**63)]
+PhaseName = Literal["full-precision", "activations", "weights", "binary"]
+Published = Literal["last", "best", "full-precision"]
 FORMAT = 2  # of run.json and the state; raised when a reader of the old one would be wrong
 MAX_JSON_BYTES = 64 << 20  # class names of the largest data sets fit many times over
 PUBLISHED = ("metrics.jsonl", *(f"{name}.safetensors" for name in ("best", "last", "full-precision", "teacher")))
@@ -78,17 +82,17 @@ class Progress:
     `sums` are the running totals of the epoch in progress; `bad_images` maps paths of unreadable images to why.
     """
 
-    phase: str = "full-precision"
-    stage: int = 0
-    epoch: int = 0
-    step: int = 0
+    phase: PhaseName = "full-precision"
+    stage: Count = 0
+    epoch: Count = 0
+    step: Count = 0
     sums: dict[str, float] = field(default_factory=dict)
     best_top1: float | None = None
     best_epoch: int | None = None
     history: list[Record] = field(default_factory=list)
     bad_images: dict[str, str] = field(default_factory=dict)
-    publish: list[str] = field(default_factory=list)  # final names that `evaluated` gets
-    processes: int = 1  # that trained; the position within an epoch means nothing to another number
+    publish: list[Published] = field(default_factory=list)  # final names that `evaluated` gets
+    processes: Count = 1  # that trained; the position within an epoch means nothing to another number
 
     @property
     def re_estimated(self) -> bool:
@@ -138,7 +142,10 @@ class Run:
             found = values.get("format") if isinstance(values, dict) else None
             age = "an older" if isinstance(found, int) and found < FORMAT else "a newer"
             raise InputError(f"{path}: not a run of format {FORMAT} but {found}; was it written by {age} siman?")
-        return _validated(RunInfo, values, path)
+        info = _validated(RunInfo, values, path)
+        if not info.classes:
+            raise InputError(f"{path}: malformed: classes: expected at least one")
+        return info
 
     def recipe(self) -> Recipe:
         path = self.folder / "recipe.yaml"
@@ -159,9 +166,11 @@ class Run:
         if not path.exists():
             return []
         try:
-            return [json.loads(line) for line in _read(path).splitlines()]
-        except ValueError as error:
+            records = [json.loads(line) for line in _read(path).splitlines()]
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}: malformed: {error}") from None
+        _require_records(records, path)
+        return records
 
     def weights(self, which: str = "best") -> Path:
         """Path of the `best`, `last` or `full-precision` weights."""
@@ -174,21 +183,28 @@ class Run:
 
     def state(self) -> Path | None:
         """The newest committed training state."""
-        states = (
-            sorted(path for path in self._states().iterdir() if path.name.isdigit()) if self._states().is_dir() else []
-        )
-        return states[-1] if states else None
+        folder = self._states()
+        found = (path for path in folder.iterdir() if re.fullmatch("[0-9]{6,9}", path.name)) if folder.is_dir() else ()
+        return max(found, default=None)
 
     def progress(self) -> Progress:
         """What the newest state says; a fresh Progress where there is none."""
         while (state := self.state()) is not None:
-            path = state / "progress.json"
             try:
-                return _validated(Progress, _read_json(path), path)
+                return self._progress_of(state)
             except InputError:
                 if self.state() == state:  # else training has replaced it meanwhile
                     raise
         return Progress()
+
+    def _progress_of(self, state: Path) -> Progress:
+        path = state / "progress.json"
+        progress = _validated(Progress, _read_json(path), path)
+        _require_records(progress.history, path)
+        stages = len(self.recipe().resolved_stages)
+        if progress.stage >= stages:
+            raise InputError(f"{path}: malformed: stage {progress.stage} of a recipe of {stages}")
+        return progress
 
     def published(self, records: list[Record]) -> bool:
         """Whether these are the newest state's records, so that the published weights are theirs; without a state, nobody knows
@@ -238,6 +254,8 @@ class Run:
         if state is None:
             return
         progress = self.progress()
+        if progress.publish and not (state / EVALUATED).is_file():
+            raise InputError(f"{state / EVALUATED} is missing; the state is damaged, start a new run")
         for name in progress.publish:
             _copy(state / EVALUATED, self.folder / f"{name}.safetensors")
         write_text(self.folder / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in progress.history))
@@ -252,7 +270,10 @@ class Run:
                 path.unlink()
 
     def _states(self) -> Path:
-        return self.folder / "state"
+        folder = self.folder / "state"
+        if folder.is_symlink():  # what is old in it is removed: nothing outside the run may be
+            raise InputError(f"{folder} is a link; expected a folder of this run")
+        return folder
 
 
 def run_name(model: str, data: str) -> str:
@@ -290,7 +311,7 @@ def _newest(output: Path) -> Run:
     pointer = output / "last"
     if pointer.is_file():
         name = _read(pointer).strip()
-        if Path(name).name == name and (output / name / "run.json").is_file():
+        if Path(name).name == name != ".." and (output / name / "run.json").is_file():
             return Run(output / name)
     runs = all_runs(output)
     if not runs:
@@ -305,6 +326,8 @@ def _copy(source: Path, target: Path) -> None:
 
 def _read(path: Path) -> str:
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise InputError(f"{path}: not a file; is {path.parent} a run folder?")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise InputError(f"{path}: larger than {MAX_JSON_BYTES} bytes, not a file of siman's")
         return path.read_text(encoding="utf-8")
@@ -312,6 +335,18 @@ def _read(path: Path) -> str:
         raise InputError(f"{path} is missing; is {path.parent} a run folder?") from None
     except UnicodeDecodeError:
         raise InputError(f"{path}: not UTF-8 text") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _require_records(records: list[Any], path: Path) -> None:
+    """InputError unless each is an evaluation."""
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("phase"), str):
+            raise InputError(f"{path}: malformed: expected evaluations, each with the phase that it was made in")
+        wrong = [name for name in ("top1", "top5", "images") if not isinstance(record.get(name, 0), (int, float))]
+        if wrong or "top1" not in record:
+            raise InputError(f"{path}: malformed: expected a number for {(wrong or ['top1'])[0]} in every evaluation")
 
 
 def _validated(kind: type[T], values: Any, path: Path) -> T:

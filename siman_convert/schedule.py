@@ -1,7 +1,7 @@
 """What is trained when, and how fast: the phases of a run, their optimizer, and its learning rate."""
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from timm.scheduler import CosineLRScheduler
@@ -9,9 +9,8 @@ from torch import nn
 
 from siman_convert.blocks import Shift
 from siman_convert.recipe import Recipe
+from siman_convert.runs import PhaseName
 from siman_convert.surgery import binary_layers
-
-PhaseName = Literal["full-precision", "activations", "weights", "binary"]
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def packed_run(run: Run, which: Which = "best") -> nn.Module:
         classes=info.classes,
         weights=which,
         recipe_digest=info.recipe_digest,
-        accuracy=_accuracy(records, which, info.data_name),
+        accuracy=_accuracy(run, records, which),
         siman_version=siman_version(),
     )
     return describe(model, description)
@@ -116,13 +116,17 @@ def _weights_and_records(run: Run, which: Which) -> tuple[nn.Module, list[Record
     )
 
 
-def _accuracy(records: list[Record], which: Which, data: str) -> Accuracy | None:
+def _accuracy(run: Run, records: list[Record], which: Which) -> Accuracy | None:
     """What training measured for these weights; `siman eval` repeats it."""
     records = [record for record in records if record.get("phase") == "binary"]
     if not records:
         return None
     record = max(records, key=lambda record: record["top1"]) if which == "best" else records[-1]
-    return Accuracy(record["top1"], record["top5"], record["images"], data)
+    if not {"top5", "images"} <= record.keys():
+        raise InputError(
+            f"{run.folder / 'metrics.jsonl'}: malformed: expected top5 and images in every binary evaluation"
+        )
+    return Accuracy(record["top1"], record["top5"], record["images"], run.info().data_name)
 
 
 def load_run_model(run: Run, which: str = "best") -> nn.Module:

@@ -32,15 +32,15 @@ from torchvision.transforms import v2
 
 from siman_convert.binarize import clip_percent
 from siman_convert.data import AnySplit, BadRecord, Batch, Transform, eval_loader, iterate, train_loader
-from siman_convert.errors import InputError, Interrupted, SimanError
+from siman_convert.errors import InputError, Interrupted, SimanError, one_line
 from siman_convert.files import disk_errors
 from siman_convert.flips import Flips
 from siman_convert.guards import Stop
 from siman_convert.metrics import Metrics, evaluate_model
 from siman_convert.objective import Objective
 from siman_convert.recipe import Recipe
-from siman_convert.runs import EVALUATED, Progress, Record, Run
-from siman_convert.schedule import PhaseName, Span, make_optimizer, make_schedule
+from siman_convert.runs import EVALUATED, PhaseName, Progress, Published, Record, Run
+from siman_convert.schedule import Span, make_optimizer, make_schedule
 from siman_convert.surgery import binary_layers
 from siman_convert.watch import Meter, Watcher
 
@@ -123,8 +123,9 @@ class Phase:
             if self.ema:
                 self.ema.module.load_state_dict(safetensors.torch.load_file(state / EMA))
             self.flips.load(state / BITS)
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError, UnpicklingError) as error:
-            reason = " ".join(str(error).split())[:160]
+        except (RuntimeError, ValueError, LookupError, TypeError, AttributeError, EOFError, OSError, SafetensorError,
+                UnpicklingError) as error:  # fmt: skip
+            reason = one_line(" ".join(str(error).split()))[:160]
             raise InputError(
                 f"{state}: damaged, it cannot be resumed ({reason}); the published weights are intact"
             ) from error
@@ -164,7 +165,7 @@ class Phase:
         self._note_bad(gather_object([*self.progress.bad_images.items(), *metrics.bad]))
         return metrics
 
-    def commit(self, publish: Iterable[str] = ()) -> None:
+    def commit(self, publish: Iterable[Published] = ()) -> None:
         """Save everything a resume needs; `publish` names the weights files that get the evaluated model.
 
         Never weights that the last update has ruined, which a binary layer's outputs need not show.
@@ -194,7 +195,8 @@ class Phase:
         Stages that are binary in part publish nothing: no command could use it.
         """
         progress = self.progress
-        publish = {"full-precision": ("full-precision",), "binary": ("last",)}.get(self.name, ())
+        published: dict[str, tuple[Published, ...]] = {"full-precision": ("full-precision",), "binary": ("last",)}
+        publish = published.get(self.name, ())
         if not math.isfinite(metrics.loss):
             raise SimanError(f"the validation loss is {metrics.loss} after {record['phase']} epoch {record['epoch']}; "
                              f"{self._last_good()}")  # fmt: skip

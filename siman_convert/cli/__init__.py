@@ -17,7 +17,20 @@ from typer.completion import (  # type: ignore[attr-defined, unused-ignore]
     show_callback,
 )
 
-from siman_convert.cli import bench, convert, doctor, evaluate, export, inspect, models, predict, recipes, report, runs, verify
+from siman_convert.cli import (
+    bench,
+    convert,
+    doctor,
+    evaluate,
+    export,
+    inspect,
+    models,
+    predict,
+    recipes,
+    report,
+    runs,
+    verify,
+)
 from siman_convert.cli.common import QUIET
 from siman_convert.errors import SimanError
 from siman_convert.launch import fails_first

@@ -2,7 +2,8 @@
 but plain containers, text, bytes and arrays of bytes: the arrays are rebuilt from inert stand-ins here, never by
 numpy's own unpickling, and every other global is refused by name.
 
-The pure-Python unpickler is used on purpose: the C one allocates its memo table from an index in the file.
+The pure-Python unpickler is used on purpose: the C one allocates its memo table from an index in the file. Operations
+that no CIFAR file needs are refused; what the others make of a file is bounded by its size.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import io
 import math
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -103,9 +104,11 @@ class _Array:
         if not isinstance(self.state, tuple) or len(self.state) != 5:
             return None
         _, shape, dtype, fortran, raw = self.state
-        raw = raw.encode("latin1") if isinstance(raw, str) else raw
-        if not isinstance(shape, tuple) or not all(type(n) is int and n >= 0 for n in shape):
+        if not isinstance(shape, tuple) or len(shape) != 2:
             return None
+        if not all(type(n) is int and 0 <= n < 1 << 31 for n in shape):
+            return None
+        raw = raw.encode("latin1") if isinstance(raw, str) else raw
         if not isinstance(dtype, _Dtype) or dtype.code not in ("u1", "uint8", "|u1"):
             return None
         if not isinstance(raw, bytes | bytearray) or math.prod(shape) != len(raw):
@@ -133,21 +136,74 @@ def _from_buffer(raw: object = b"", dtype: object = None, shape: object = (), or
     return array
 
 
-def _encode(text: object = "", encoding: object = "latin1") -> bytes:
-    """How protocol 2 spells bytes written by Python 3."""
-    if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
-        raise pickle.UnpicklingError("bytes in an unexpected encoding")
-    return text.encode("latin1")
-
-
 _ADMITTED: dict[tuple[str, str], Any] = {("numpy", "ndarray"): _Array, ("numpy", "dtype"): _Dtype}
 _ADMITTED |= {(f"numpy.{core}.multiarray", "_reconstruct"): _reconstruct for core in ("core", "_core")}
 _ADMITTED |= {(f"numpy.{core}.numeric", "_frombuffer"): _from_buffer for core in ("core", "_core")}
-_ADMITTED |= {("_codecs", "encode"): _encode}
+_ENCODE = ("_codecs", "encode")
+_NEVER = (  # persistent, extension and class instances, sets, buffers outside the file
+    pickle.PERSID, pickle.BINPERSID, pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.INST, pickle.OBJ, pickle.EMPTY_SET,
+    pickle.ADDITEMS, pickle.FROZENSET, pickle.NEXT_BUFFER, pickle.READONLY_BUFFER,
+)  # fmt: skip
+_Parent: Any = pickle._Unpickler  # its methods are not in the type stubs
 
 
-class _Unpickler(pickle._Unpickler):
+class _Unpickler(_Parent):  # type: ignore[misc]
+    dispatch: ClassVar[dict[int, Any]] = {
+        code: load for code, load in _Parent.dispatch.items() if code not in {never[0] for never in _NEVER}
+    }
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="latin1")
+        self._encodable = len(content)  # characters: a text that is encoded twice is none of a CIFAR file
+
+    def load_build(self) -> None:
+        """Nothing but the stand-ins has a state: of a function it would be attributes."""
+        if not isinstance(self.stack[-2], (_Array, _Dtype)):
+            raise pickle.UnpicklingError("a state for what has none")
+        self.stack[-2].__setstate__(self.stack.pop())
+
+    def load_setitem(self) -> None:
+        self._require_names(self.stack[-2:-1])
+        super().load_setitem()
+
+    def load_setitems(self) -> None:
+        self._require_names(self.stack[0::2])
+        super().load_setitems()
+
+    def load_dict(self) -> None:
+        self._require_names(self.stack[0::2])
+        super().load_dict()
+
+    def load_bytearray8(self) -> None:
+        """What the file holds, not a buffer of the size that it declares."""
+        content = self.read(int.from_bytes(self.read(8), "little"))
+        self.append(bytearray(content))
+
+    dispatch |= {
+        pickle.BYTEARRAY8[0]: load_bytearray8,
+        pickle.BUILD[0]: load_build,
+        pickle.SETITEM[0]: load_setitem,
+        pickle.SETITEMS[0]: load_setitems,
+        pickle.DICT[0]: load_dict,
+    }
+
+    def _require_names(self, keys: list[Any]) -> None:
+        """Hashing tuples of tuples of the same tuple takes for ever."""
+        if not all(isinstance(key, str | bytes) for key in keys):
+            raise pickle.UnpicklingError("a key that is not a name")
+
+    def _encode(self, text: object = "", encoding: object = "latin1") -> bytes:
+        """How protocol 2 spells bytes written by Python 3."""
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            raise pickle.UnpicklingError("bytes in an unexpected encoding")
+        self._encodable -= len(text)
+        if self._encodable < 0:
+            raise pickle.UnpicklingError("more bytes than the file has")
+        return text.encode("latin1")
+
     def find_class(self, module_name: str, global_name: str, /) -> Any:
+        if (module_name, global_name) == _ENCODE:
+            return self._encode
         try:
             return _ADMITTED[module_name, global_name]
         except KeyError:
@@ -164,7 +220,7 @@ def load(path: Path) -> object:
     try:
         if path.stat().st_size > _MAX_BYTES:
             raise InputError(f"{name}: larger than any CIFAR file ({_MAX_BYTES >> 20} MiB); expected a python batch")
-        return _Unpickler(io.BytesIO(path.read_bytes()), encoding="latin1").load()
+        return _Unpickler(path.read_bytes()).load()
     except _RefusedError as error:
         raise InputError(f"{name}: asks for {error}, which no CIFAR file needs: refused; fetch it again") from error
     except OSError as error:

@@ -25,6 +25,7 @@ from siman_convert.errors import InputError
 
 _TRAIN_IMAGES = re.compile(r"(?P<prefix>(?:.+-)?)train-images(?P<dot>[-.])idx3-ubyte(?:\.gz)?", re.DOTALL)
 _DEFLATE_MAX_RATIO = 1032  # deflate cannot expand further than this
+_MAX_UNPACKED = 1 << 31  # of a gzip file; EMNIST, the largest of the family, takes 547 MB
 _CHUNK = 1 << 20
 
 
@@ -96,7 +97,8 @@ def read_array(path: Path, *, dimensions: int) -> NDArray[np.uint8]:
             if file.read(2) == b"\x1f\x8b":
                 file.seek(0)
                 with gzip.open(file) as stream:
-                    return _parse(cast(BinaryIO, stream), dimensions, name, stored * _DEFLATE_MAX_RATIO, exact=False)
+                    limit = min(stored * _DEFLATE_MAX_RATIO, _MAX_UNPACKED)
+                    return _parse(cast(BinaryIO, stream), dimensions, name, limit, exact=False)
             file.seek(0)
             return _parse(file, dimensions, name, stored, exact=True)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
@@ -117,7 +119,7 @@ def _parse(file: BinaryIO, dimensions: int, name: str, limit: int, *, exact: boo
     declared = math.prod(shape)
     total = declared + len(header)
     if total > limit or (exact and total != limit):
-        size = f"{limit} bytes long" if exact else "too short for that when unpacked"
+        size = f"{limit} bytes long" if exact else f"too short for that when unpacked (at most {limit} bytes)"
         raise InputError(
             f"{name}: its header declares {' x '.join(map(str, shape))} values, {total} bytes with the header, "
             f"but the file is {size}; fetch the file again"

@@ -110,7 +110,7 @@ Status* create_kernel(const CustomOp* custom, const Api*, const KernelInfo* info
     weights.scale = vector(kScale);
     weights.bias = vector(kBias);
     weights.slope = vector(kind.slope);
-    auto kernel = std::make_unique<Kernel>(op, nullptr);
+    std::unique_ptr<Kernel> kernel(new Kernel{op, nullptr});  // clang before 16 makes no aggregate by make_unique
     kernel->conv = kind.create(op, info, geometry, weights);
     *out = kernel.release();
   });
