@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from siman_convert.cli import complete
 from siman_convert.cli.common import RUNS, Device, Json, Output, Workers, megabytes, print_json
 
 if TYPE_CHECKING:
@@ -16,7 +17,9 @@ LIBRARIES = ("altair", "vl_convert")  # of the extra "report"
 
 
 def report(
-    what: Annotated[str | None, typer.Argument(metavar="[RUN]", help="A run; default: the newest.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(metavar="[RUN]", help="A run; default: the newest.", autocompletion=complete.runs)
+    ] = None,
     compare: Annotated[
         tuple[str, str] | None,
         typer.Option(metavar="RUN RUN", help="Two runs of one network, such as one with and one without weight decay."),
@@ -37,9 +40,9 @@ def report(
     output: Output = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Write a run's training, weights, mistakes, sizes and times as one HTML page.
+    """Show a run, or two beside each other, as one HTML page.
 
-    The page needs no network and no other file.
+    Training, weights, mistakes, sizes and times. The page needs no network and no other file.
     """
     from siman_convert.cli.terminal import Terminal
     from siman_convert.errors import InputError
@@ -52,7 +55,7 @@ def report(
     if compare is not None:
         written = reporting.compare(*compare, html=html, png=png, output=output)
     else:
-        with Terminal(quiet=as_json) as terminal:
+        with Terminal(aside=as_json) as terminal:
             written = reporting.report(
                 what,
                 which="last" if last else "best",
