@@ -37,6 +37,7 @@ ARGUMENTS = {  # of every command that there is; RUN, ONNX, IMAGE, DATA and NEW 
     "models": ["resnet18"],
     "runs": [],
     "doctor": [],
+    "report": ["RUN", "--html", "NEW.html"],
     "recipes ls": [],
     "recipes show": ["quick"],
     "recipes cp": ["quick", "NEW.yaml"],
@@ -70,7 +71,7 @@ def test_json_is_one_document_and_nothing_else_is_on_stdout(
     image = tmp_path / "image.png"
     Image.new("L", (9, 9), 100).save(image)
     places = {"RUN": copied.run.folder, "ONNX": copied.onnx, "IMAGE": image, "DATA": copied.run.info().data}
-    places |= {"NEW": tmp_path / "new", "NEW.yaml": tmp_path / "new.yaml"}
+    places |= {"NEW": tmp_path / "new", "NEW.yaml": tmp_path / "new.yaml", "NEW.html": tmp_path / "new.html"}
     arguments = [str(places.get(argument, argument)) for argument in ARGUMENTS[name]]
     capfd.readouterr()
     assert siman([*name.split(), *arguments, "--json"]) == 0
