@@ -103,15 +103,17 @@ def test_files_go_where_they_are_wanted(
     (work / "there").mkdir(parents=True)
     shutil.copytree(copied.run.folder, work / "run")
     shutil.copy(copied.safetensors, work / "there" / "a.safetensors")
-    for path in (work / "run").glob("model.*"):
+    for path in (*(work / "run").glob("model.*"), work / "run" / "README.md"):
         path.unlink()
     monkeypatch.chdir(work)
     what = {"run": "run", "file": "there/a.safetensors", "module": load("there/a.safetensors")}[source]
     before = tree(work)
-    files = export(what, **options).files  # type: ignore[arg-type]
+    exported = export(what, **options)  # type: ignore[arg-type]
+    files, card = exported.files, str(Path(expected[0]).with_name("README.md"))
     assert [str(path) for path in files] == expected
+    assert str(exported.card) == card
     after = tree(work)
-    assert {name for name in after.keys() - before.keys() if (work / name).is_file()} == set(expected)
+    assert {name for name in after.keys() - before.keys() if (work / name).is_file()} == {*expected, card}
     assert before.items() <= after.items()
     for path in files:
         data = copied.onnx if path.suffix == ".onnx" else copied.safetensors
