@@ -25,6 +25,7 @@ def test_every_row_is_a_recipe_that_differs_in_its_factor_alone(row: str) -> Non
     assert {name for name in usual if usual[name] != recipe[name]} == set(ablation.ROWS[row][1])
 
 
+@pytest.mark.slow
 def test_a_row_is_measured_once(digits: Path, tmp_path: Path) -> None:
     results, output = tmp_path / "figures.jsonl", tmp_path / "runs"
     command = [

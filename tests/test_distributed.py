@@ -211,6 +211,7 @@ def test_eval_repeats_what_two_processes_measured(
     assert metrics.loss == pytest.approx(record["loss"], rel=1e-5)  # summed in another order
 
 
+@pytest.mark.slow
 def test_killed_processes_are_started_anew_and_end_the_same(
     together: tuple[Run, subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +237,7 @@ def test_killed_processes_are_started_anew_and_end_the_same(
         assert line.startswith(("siman: another process of this training ended", "siman: stopped "))
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_named_command_goes_on(
     together: tuple[Run, subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
 ) -> None:

@@ -68,6 +68,7 @@ def test_public_names() -> None:
         siman_convert.nonsense  # noqa: B018
 
 
+@pytest.mark.slow
 def test_an_installed_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     """Built from the checkout, installed without it in sight; the dependencies are those of this environment."""
     wheels, environment, empty = tmp_path / "wheels", tmp_path / "venv", tmp_path / "empty"

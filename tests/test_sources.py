@@ -100,6 +100,7 @@ def evaluated(run: Run, capsys: pytest.CaptureFixture[str]) -> tuple[float, int]
     return result["top1"], result["images"]
 
 
+@pytest.mark.slow
 def test_two_processes_on_webdataset_shards(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Started by accelerate. timm's reader would repeat and leave out validation images to make shares equal."""
     done = subprocess.run(

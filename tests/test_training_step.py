@@ -14,6 +14,7 @@ def measure(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_a_step_holds_no_more_activations_than_in_full_precision() -> None:
     done = measure("--case", "siman_resnet20:32:4", "--pairs", "2", "--json")
     assert done.returncode == 0, done.stderr
@@ -28,6 +29,7 @@ def test_a_step_holds_no_more_activations_than_in_full_precision() -> None:
         assert 0 < times["low"] <= times["ratio"] <= times["high"]
 
 
+@pytest.mark.slow
 def test_the_table_and_a_bad_case() -> None:
     done = measure("--case", "test_resnet:32:2", "--pairs", "1")
     assert done.stdout.startswith("test_resnet, 32x32, batch 2\n"), done.stderr

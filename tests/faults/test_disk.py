@@ -30,6 +30,7 @@ def again(output: Path, digits: Path) -> list[str]:
     return command(output, digits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [200, 100 * KB, 2000 * KB], ids=["no file", "no weights", "no optimizer"])
 def test_files_that_cannot_grow(limit: int, digits: Path, tmp_path: Path, uninterrupted: Run) -> None:  # noqa: F811
     def limited() -> None:
@@ -55,6 +56,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_then_one_that_cannot_be_written(
     small_disk: Path,
     digits: Path,

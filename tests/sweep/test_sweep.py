@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +35,12 @@ ALL_THE_WAY = (
     "repvgg_a0",
     "nf_regnet_b0",
 )  # gates, hard-swish, branches, no BatchNorm
+QUICK = ("resnet18", "mobilenetv3_small_050")  # of NAMED, what `make test` has time for
+
+
+def few(names: Iterable[str]) -> list[Any]:
+    """Parameters: the quick ones always, the others with those that take long."""
+    return [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -44,7 +51,7 @@ def one_thread() -> Any:
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", NAMED)
+@pytest.mark.parametrize("name", few(NAMED))
 def test_network_to_its_file_and_back(name: str) -> None:
     row = sweep_model(name, 64, "safetensors")
     assert row["stages"] == dict.fromkeys(STAGES[: STAGES.index("safetensors") + 1], "passed")
@@ -54,7 +61,7 @@ def test_network_to_its_file_and_back(name: str) -> None:
     assert {key: row[key] for key in compared} == {key: shipped[key] for key in compared}
 
 
-@pytest.mark.parametrize("name", ALL_THE_WAY)
+@pytest.mark.parametrize("name", few(ALL_THE_WAY))
 def test_network_all_the_way(name: str) -> None:
     row = sweep_model(name, 64)
     assert row["stages"] == dict.fromkeys(STAGES, "passed")
