@@ -37,7 +37,7 @@ def report(
     output: Output = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Write a run's training, weights, mistakes, sizes and times as one HTML page.
+    """Write one HTML page about a run: training, weights, mistakes, sizes, times.
 
     The page needs no network and no other file.
     """
