@@ -157,7 +157,8 @@ def _histogram_caption(layers: Sequence[LayerStatistics]) -> str:
     nearest = ", ".join(f"{shape} in {count}" for shape, count in counts.most_common())
     return (
         "Training moves full-precision (latent) weights; the network only ever uses the bit that each of them stands for. "
-        f"{rule} Thresholds are each filter's own, the lines their mean. Spikes come from SiMaN's clip, which sets a "
+        f"{rule} Thresholds are each filter's own, the lines their mean. Spikes, where there are any, come from SiMaN's "
+        f"clip, which sets a "
         f"layer's smallest and largest magnitudes to common values. The curve is the Laplacian that fits best, which is "
         "what l2 is said to drive weights to. Of Laplacian, Gaussian and uniform the nearest, by the largest gap between the "
         f"distributions: {nearest} of {len(layers)} layers."
