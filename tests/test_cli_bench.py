@@ -110,6 +110,7 @@ def test_json(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     check_footprints(found["footprints"], files)
     assert [one["name"] for one in found["absent"]] == ["OpenVINO"]
     check_layers(found["layers"], files / "model.onnx")
+    assert not (files / "bench.json").exists()  # it is no run's folder
 
 
 def check_result(result: dict[str, Any], batch_size: int) -> None:

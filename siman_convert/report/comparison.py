@@ -57,8 +57,7 @@ def pair(first: Content, second: Content) -> Pair:
     if shapes[0] != shapes[1] or not shapes[0]:
         raise InputError(
             f"--compare: {first.name} ({first.info.model}) and {second.name} ({second.info.model}) have not the same "
-            f"binary layers; "
-            "expected two runs of one network"
+            f"binary layers; expected two runs of one network"
         )
     same = first.name == second.name
     return Pair(first, second, (str(first.folder), str(second.folder)) if same else (first.name, second.name))
@@ -72,8 +71,7 @@ def comparison_page(two: Pair) -> Page:
         title=f"{two.labels[0]} and {two.labels[1]}",
         lead="SiMaN trains binary layers without weight decay: l2 is said to drive latent weights to a Laplacian distribution, "
         "for which a bit that is chosen for best agreement is 1 in 37 % of the cases only and carries 0.95 bit of "
-        "information. Here are "
-        f"two runs of {first.info.model} on {first.info.data_name}, at the end of training.",
+        f"information. Here are two runs of {first.info.model} on {first.info.data_name}, at the end of training.",
         tiles=list(_tiles(two)),
         notes=findings(two),
         sections=[
@@ -128,8 +126,7 @@ def findings(two: Pair) -> list[str]:
         f"expects 0.37 "
         f"with decay and more without. It is lower with decay in {lower} layers: {_direction(lower, count)}.",
         f"Information in an analytic bit: {with_decay[1]:.3f} with decay, {without[1]:.3f} with less or none; the paper "
-        f"expects more "
-        f"without. So it is in {fuller} layers: {_direction(fuller, count)}. A half bit carries 1 in both.",
+        f"expects more without. So it is in {fuller} layers: {_direction(fuller, count)}. A half bit carries 1 in both.",
         f"Weights are nearer to a Laplacian with decay in {nearer} layers: {_direction(nearer, count)}. Nearest of three "
         f"distributions with decay: {_shapes(layers, 0)}; with less or none: {_shapes(layers, 1)}.",
         *_flip_finding(two, order),
@@ -185,8 +182,7 @@ def _entropy(two: Pair) -> Figure:
         "entropy",
         "Information in an analytic bit",
         "What one bit of a filter carries when the share of ones is k*/n: 1 for one half, less to both sides of it (0.95 "
-        "for 1/e, "
-        "0.92 for 2/3).",
+        "for 1/e, 0.92 for 2/3).",
         chart,
     )
 
@@ -303,7 +299,5 @@ def _layer_table(two: Pair) -> Table:
         columns,
         rows,
         "Gap to a Laplacian: the largest difference between the cumulative distributions of the weights and of the "
-        "Laplacian that fits "
-        "them best; 0 is "
-        "the same distribution.",
+        "Laplacian that fits them best; 0 is the same distribution.",
     )

@@ -55,9 +55,7 @@ def _curves(content: Content, field: str, title: str, line: dict[str, float]) ->
             "phase:N", scale=colours(phases, [_COLOURS[phase] for phase in phases]), legend=legend(lines=True)
         ),
         strokeDash=alt.StrokeDash(
-            "images:N",
-            scale=alt.Scale(domain=[VALIDATION, TRAINING], range=[[1, 0], [3, 3]]),
-            legend=legend(lines=True),
+            "images:N", scale=alt.Scale(domain=[VALIDATION, TRAINING], range=[[1, 0], [3, 3]]), legend=None
         ),
         tooltip=[
             alt.Tooltip("what:N", title="network"),

@@ -148,8 +148,7 @@ def _histogram_caption(layers: Sequence[LayerStatistics]) -> str:
     used = layers[0].used
     rule = {
         "half": "SiMaN looks at magnitudes, not signs: the half of a filter's weights that lies farther from 0 than the "
-        "dashed lines "
-        "gets bit 1, the half between them bit 0.",
+        "dashed lines gets bit 1, the half between them bit 0.",
         "analytic": "SiMaN looks at magnitudes, not signs: weights beyond the dashed lines get bit 1, those between them bit 0; "
         "the lines are where bits agree best with magnitudes.",
         "sign": "This network takes the sign, as XNOR-Net does, and not SiMaN's magnitudes: the dashed line is at 0.",
@@ -158,11 +157,11 @@ def _histogram_caption(layers: Sequence[LayerStatistics]) -> str:
     nearest = ", ".join(f"{shape} in {count}" for shape, count in counts.most_common())
     return (
         "Training moves full-precision (latent) weights; the network only ever uses the bit that each of them stands for. "
-        f"{rule} Thresholds are each filter's own, the lines their mean. Spikes come from SiMaN's clip, which sets a "
-        f"layer's smallest and "
-        "largest magnitudes to common values. The curve is the Laplacian that fits best, which is "
-        f"what l2 is said to drive weights to. Nearest to Laplacian, "
-        f"Gaussian and uniform by the largest gap between distributions: {nearest} of {len(layers)} layers."
+        f"{rule} Thresholds are each filter's own, the lines their mean. Spikes, where there are any, come from SiMaN's "
+        f"clip, which sets a "
+        f"layer's smallest and largest magnitudes to common values. The curve is the Laplacian that fits best, which is "
+        "what l2 is said to drive weights to. Of Laplacian, Gaussian and uniform the nearest, by the largest gap between the "
+        f"distributions: {nearest} of {len(layers)} layers."
     )
 
 
@@ -226,8 +225,7 @@ def _ones_caption(used: str) -> str:
         "are equal). analytic: the share that aligns bits and magnitudes best, k*/n in the paper. It depends on the "
         "distribution of "
         "the weights alone: dashed, what it is for three of them; 1 where all are about equal. Dots are means over the "
-        "filters of a layer, bars their middle "
-        f"half. {now[used]}"
+        f"filters of a layer, bars their middle half. {now[used]}"
     )
 
 
@@ -235,8 +233,7 @@ def _entropy_caption(layers: Sequence[LayerStatistics]) -> str:
     means = [layer.bits["analytic"].entropy.mean for layer in layers]
     return (
         "A bit that is 1 as often as 0 carries one bit of information; one that is 1 in 37 % of the cases (1/e, the best "
-        "share for "
-        "Laplacian weights) carries 0.95. half fills its bits by construction; analytic carries "
+        "share for Laplacian weights) carries 0.95. half fills its bits by construction; analytic carries "
         f"{min(means):.3f} to {max(means):.3f} here. This is why half is siman's default."
     )
 
@@ -245,7 +242,6 @@ def _cosine_caption(layers: Sequence[LayerStatistics]) -> str:
     gaps = [layer.bits["analytic"].cosine.mean - layer.bits["half"].cosine.mean for layer in layers]
     return (
         "How well bits in {0, 1} stand for the magnitudes of the weights: the cosine of the angle between the two vectors "
-        "of a filter; "
-        "1 would be no loss. analytic is the best there is; half gives up "
+        "of a filter; 1 would be no loss. analytic is the best there is; half gives up "
         f"{min(gaps):.3f} to {max(gaps):.3f} of it for fuller bits."
     )
