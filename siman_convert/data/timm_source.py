@@ -184,11 +184,13 @@ def _read_torchvision(spec: str) -> tuple[tuple[str, ...], Split, Split]:
 def _read_stream(spec: str, prefix: str, rest: str) -> tuple[tuple[str, ...], StreamSplit, StreamSplit, StreamSplit]:
     options: dict[str, Any] = {}
     if prefix == "wds":
-        options["root"] = str(Path(rest).expanduser())
+        options["root"] = str(Path(rest).expanduser().absolute())  # webdataset takes what begins as a URL for one
         if not Path(options["root"]).is_dir():
             raise InputError(f"{spec}: no such folder: {rest}; expected wds/FOLDER with shards and _info.json")
     train = _create(spec, spec, split="train", is_training=True, **options)
     val_name, val = _first_split(spec, spec, is_training=False, **options)
+    if prefix == "wds":
+        _require_inside(spec, [*train.reader.split_info.filenames, *val.reader.split_info.filenames])
     classes = _stream_classes(spec, train.reader, options.get("root"))
     counts = [_declared(spec, dataset.reader) for dataset in (train, val)]
     in_order = partial(_reopen, spec, is_training=False, **options)
@@ -199,6 +201,15 @@ def _read_stream(spec: str, prefix: str, rest: str) -> tuple[tuple[str, ...], St
         StreamSplit("val", partial(in_order, split=val_name), counts[1]),
         StreamSplit("probe", partial(in_order, split="train"), counts[0]),
     )
+
+
+def _require_inside(spec: str, shards: list[str]) -> None:
+    """InputError for a shard that _info.json has outside its folder."""
+    for shard in shards:
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise InputError(
+                f"{spec}: its _info.json names {printable(shard)}, outside the folder; expected files in it"
+            )
 
 
 def _reopen(spec: str, seed: int, **options: Any) -> Any:
