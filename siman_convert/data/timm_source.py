@@ -190,7 +190,8 @@ def _read_stream(spec: str, prefix: str, rest: str) -> tuple[tuple[str, ...], St
     train = _create(spec, spec, split="train", is_training=True, **options)
     val_name, val = _first_split(spec, spec, is_training=False, **options)
     if prefix == "wds":
-        _require_inside(spec, [*train.reader.split_info.filenames, *val.reader.split_info.filenames])
+        for dataset in (train, val):
+            _require_inside(spec, dataset.reader)
     classes = _stream_classes(spec, train.reader, options.get("root"))
     counts = [_declared(spec, dataset.reader) for dataset in (train, val)]
     in_order = partial(_reopen, spec, is_training=False, **options)
@@ -203,8 +204,9 @@ def _read_stream(spec: str, prefix: str, rest: str) -> tuple[tuple[str, ...], St
     )
 
 
-def _require_inside(spec: str, shards: list[str]) -> None:
+def _require_inside(spec: str, reader: Any) -> None:
     """InputError for a shard that _info.json has outside its folder."""
+    shards = getattr(getattr(reader, "split_info", None), "filenames", ())
     for shard in shards:
         if Path(shard).is_absolute() or ".." in Path(shard).parts:
             raise InputError(
