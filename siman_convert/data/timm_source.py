@@ -184,11 +184,14 @@ def _read_torchvision(spec: str) -> tuple[tuple[str, ...], Split, Split]:
 def _read_stream(spec: str, prefix: str, rest: str) -> tuple[tuple[str, ...], StreamSplit, StreamSplit, StreamSplit]:
     options: dict[str, Any] = {}
     if prefix == "wds":
-        options["root"] = str(Path(rest).expanduser())
+        options["root"] = str(Path(rest).expanduser().absolute())  # webdataset takes what begins as a URL for one
         if not Path(options["root"]).is_dir():
             raise InputError(f"{spec}: no such folder: {rest}; expected wds/FOLDER with shards and _info.json")
     train = _create(spec, spec, split="train", is_training=True, **options)
     val_name, val = _first_split(spec, spec, is_training=False, **options)
+    if prefix == "wds":
+        for dataset in (train, val):
+            _require_inside(spec, dataset.reader)
     classes = _stream_classes(spec, train.reader, options.get("root"))
     counts = [_declared(spec, dataset.reader) for dataset in (train, val)]
     in_order = partial(_reopen, spec, is_training=False, **options)
@@ -199,6 +202,16 @@ def _read_stream(spec: str, prefix: str, rest: str) -> tuple[tuple[str, ...], St
         StreamSplit("val", partial(in_order, split=val_name), counts[1]),
         StreamSplit("probe", partial(in_order, split="train"), counts[0]),
     )
+
+
+def _require_inside(spec: str, reader: Any) -> None:
+    """InputError for a shard that _info.json has outside its folder."""
+    shards = getattr(getattr(reader, "split_info", None), "filenames", ())
+    for shard in shards:
+        if Path(shard).is_absolute() or ".." in Path(shard).parts:
+            raise InputError(
+                f"{spec}: its _info.json names {printable(shard)}, outside the folder; expected files in it"
+            )
 
 
 def _reopen(spec: str, seed: int, **options: Any) -> Any:

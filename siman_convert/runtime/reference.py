@@ -21,6 +21,10 @@ Corners, the same in every runtime:
 
 siman.QuantizedConv2d, with integers; `onnx_quantized_op` gives the formula and the range of acc. NaN in X becomes -x_zero_point,
 infinities clip; the last three corners above hold here too, and a NaN behind the slope is left out of a pool.
+
+So an image with a NaN, or with infinities of both signs behind the stem, is an image of -1 to the first binary layer, and what
+a network answers is finite. The operators between ours are each runtime's own; a max pool or a Relu before the first binary
+layer may treat NaN differently there (in stock ONNX Runtime a window with NaN has values of its own, `onnx_quantized_op`).
 """
 
 import math

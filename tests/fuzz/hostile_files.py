@@ -321,7 +321,7 @@ def _cifar(batch: bytes, meta: bytes | None = None) -> Callable[[Path], object]:
 
 def _hash_bomb() -> bytes:
     """A dictionary whose key is a tuple of the same tuple twice, 60 times over."""
-    return b"\x80\x02}" + b"()" + b"".join(b"q%c" % n + b"h%c\x86" % n for n in range(60)) + b"K\x01s."
+    return b"\x80\x02})" + b"".join(b"q%c" % n + b"h%c\x86" % n for n in range(60)) + b"K\x01s."
 
 
 def _idx(images: bytes, labels: bytes, ending: str = "") -> Callable[[Path], object]:
