@@ -53,7 +53,11 @@ def load_model(name: str, classes: int, weights: str = "pretrained") -> LoadedMo
 
 
 def create(name: str, classes: int | None, **kwargs: Any) -> nn.Module:
-    """timm's model `name` for so many classes (None: its own number), random weights unless kwargs say otherwise."""
+    """timm's model `name` for so many classes (None: its own number), random weights unless kwargs say otherwise.
+
+    Raises InputError for a name that timm itself does not have: timm would ask a hub for "hf-hub:..." that a run's file names.
+    """
+    require_known(name)
     head = {} if classes is None else {"num_classes": classes}
     model: nn.Module = timm.create_model(name, **head, **kwargs)
     return model
