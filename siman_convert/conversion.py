@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from siman_convert import launch
 from siman_convert.calibrate import estimate_batch_norm, fit_scales, fit_thresholds
-from siman_convert.data import iterate, train_loader
+from siman_convert.data import Transform, iterate, train_loader
 from siman_convert.environment import describe_environment, siman_version
 from siman_convert.errors import InputError, Interrupted
 from siman_convert.evaluation import resolve_device
@@ -260,11 +260,13 @@ def _binary_objective(job: Job, run: Run, recipe: Recipe) -> Objective:
 def _re_estimate(phase: Phase) -> None:
     """After the last epoch: new BatchNorm statistics, whose weights become `last` whether or not they are better.
 
+    Of augmented images, as the weights know them: measured with random resized crops of 0.35 to 1 of the image, ResNet-20 on
+    Fashion-MNIST at 16x16, once, top-1 85.1 % became 77.8 to 78.8 % with statistics of whole images, 83.6 to 84.4 % with these.
     What it computes depends on the trained weights alone, not on the statistics before: repeated after a kill, it is the same.
     """
     model, images = phase.evaluated_model, phase.recipe.final_calibration_images
     phase.watcher.note(f"re-estimating BatchNorm on about {min(images, len(phase.data.train)):,} training images")
-    estimate_batch_norm(model, _calibration_batches(phase, images))
+    estimate_batch_norm(model, _calibration_batches(phase, images, phase.data.train_transform))
     phase.conclude(phase.evaluate(), {"phase": "binary", "epoch": phase.span.total, "re_estimated": True})
 
 
@@ -291,7 +293,7 @@ def _converted(job: Job, phase: Phase) -> nn.Module:
     )
     if recipe.calibration_images:
         images = min(recipe.calibration_images, len(phase.data.train))
-        fit_thresholds(phase.evaluated_model, model, _calibration_batches(phase, images))
+        fit_thresholds(phase.evaluated_model, model, _calibration_batches(phase, images, phase.data.eval_transform))
     return _calibrated(model, phase, recipe)
 
 
@@ -307,22 +309,25 @@ def _next_stage(recipe: Recipe, stage: int, phase: Phase) -> nn.Module:
 
 
 def _calibrated(model: nn.Module, before: Phase, recipe: Recipe) -> nn.Module:
-    """A model after conversion, with alpha fitted to the network before it and BatchNorm re-estimated."""
+    """A model after conversion, with alpha fitted to the network before it and BatchNorm re-estimated.
+
+    Of images as validation has them: nothing was trained yet that knows augmented ones in binary. Measured in the demo, three
+    draws of images, top-1 before training: 78.3 to 81.6 % so, 76.0 to 76.3 % with augmented ones.
+    """
     if recipe.calibration_images:
         images = min(recipe.calibration_images, len(before.data.train))
         before.watcher.note(f"re-estimating alpha and BatchNorm on about {images:,} training images")
-        fit_scales(before.evaluated_model, model, _calibration_batches(before, images))
-        estimate_batch_norm(model, _calibration_batches(before, images))
+        whole = before.data.eval_transform
+        fit_scales(before.evaluated_model, model, _calibration_batches(before, images, whole))
+        estimate_batch_norm(model, _calibration_batches(before, images, whole))
     return model
 
 
-def _calibration_batches(phase: Phase, images: int) -> Iterator[Tensor]:
-    """About so many training images, the same in every process, without augmentation; all batches equally large."""
+def _calibration_batches(phase: Phase, images: int, transform: Transform) -> Iterator[Tensor]:
+    """About so many training images, the same in every process; all batches equally large."""
     data, recipe = phase.data, phase.recipe
     size = min(CALIBRATION_BATCH, max(2, recipe.batch_size), len(data.train))
-    loader = train_loader(
-        data.train, data.eval_transform, batch_size=size, epoch=0, seed=recipe.seed, workers=data.workers
-    )
+    loader = train_loader(data.train, transform, batch_size=size, epoch=0, seed=recipe.seed, workers=data.workers)
     for batch in itertools.islice(iterate(loader), math.ceil(images / size)):
         phase.stop.check("stopped while re-estimating statistics; what was trained before is saved")
         if len(batch.targets) == size:  # a short last batch would count as much as a whole one

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx
 import onnxruntime
 from malformed_node import attribute, model_of, right_node, right_quantized_node
 
 from siman_convert.errors import InputError
 from siman_convert.runtime import native
 
+ALONE = "ONNX Runtime alone"
 BOUND = 2 << 20  # bytes; 1,000 leaked handles of 2 KiB each would be seen
 KINDS = {
     "BinaryConv2d": (lambda: right_node(1, 1), None),
@@ -31,11 +34,14 @@ def resident() -> int:
 
 def grown(kind: str, count: int) -> int:
     """Bytes that memory grew by from a fifth of `count` sessions to all."""
-    make, wrong = KINDS[kind]
-    node = make()
-    if wrong:
-        attribute(node, *wrong)
-    model, feeds = model_of(node)
+    make, wrong = KINDS.get(kind, (None, None))
+    if make is None:
+        model, feeds = relu()
+    else:
+        node = make()
+        if wrong:
+            attribute(node, *wrong)
+        model, feeds = model_of(node)
     before = 0
     for number in range(count):
         if number == count // 5:
@@ -44,7 +50,7 @@ def grown(kind: str, count: int) -> int:
         options.log_severity_level = 4
         options.intra_op_num_threads = 1
         try:
-            session = native.open_session(model, use_kernels=True, options=options)
+            session = native.open_session(model, use_kernels=kind != ALONE, options=options)
         except InputError:
             assert wrong, "the right node was refused"
             continue
@@ -53,17 +59,25 @@ def grown(kind: str, count: int) -> int:
     return resident() - before
 
 
+def relu() -> tuple[bytes, dict[str, np.ndarray]]:
+    """A graph without anything of ours, and its input."""
+    return onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        alone (float[2, 3] X) => (float[2, 3] Y) { Y = Relu(X) }
+    """).SerializeToString(), {"X": np.ones((2, 3), np.float32)}
+
+
 def main() -> int:
     count = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
     if len(sys.argv) > 2:
         print(grown(sys.argv[2], count))
         return 0
     worst = 0
-    for kind in KINDS:
+    for kind in (*KINDS, ALONE):
         done = subprocess.run([sys.executable, __file__, str(count), kind], capture_output=True, text=True, check=False)
         if done.returncode:
             sys.exit(done.stderr)
-        worst = max(worst, int(done.stdout))
+        worst = max(worst, 0 if kind == ALONE else int(done.stdout))
         print(f"{kind}: {int(done.stdout) / 1024:+,.0f} KiB from session {count // 5} to {count}", flush=True)
     print(f"{'leaks' if worst > BOUND else 'no leak'}: bound {BOUND // 1024:,} KiB")
     return int(worst > BOUND)
