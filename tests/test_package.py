@@ -17,11 +17,10 @@ ORDER = [
     "errors", "launch", "hub", "files", "pieces", "binarize", "bits", "timm_convs", "layers", "blocks", "environment", "recipe",
     "trace", "topology", "plans", "surgery", "costs", "networks", "model_table", "data", "guards", "onnx_op",
     "onnx_quantized_op", "runtime", "metrics", "models", "drafts", "runs", "frozen", "description", "metadata", "packed",
-    "onnx_fold", "onnx_file", "onnx_preprocess", "onnx_int8_plan", "onnx_int8_conv", "onnx_int8", "onnx_export",
-    "subjects", "backends",
-    "watch", "tracking", "flips", "calibrate", "objective", "schedule", "train", "evaluation", "operator_check", "verification",
-    "prediction", "snippet", "card", "publishing", "exporting", "benchmark", "inspection", "report", "duration", "trial",
-    "preparation", "conversion", "doctor", "cli",
+    "onnx_fold", "onnx_file", "onnx_preprocess", "onnx_int8_plan", "onnx_int8_conv", "onnx_int8", "onnx_export", "subjects",
+    "backends", "watch", "tracking", "flips", "calibrate", "objective", "schedule", "train", "evaluation", "operator_check",
+    "verification", "prediction", "snippet", "card", "publishing", "exporting", "benchmark", "inspection", "report", "duration",
+    "trial", "preparation", "conversion", "doctor", "cli",
 ]  # fmt: skip
 
 
