@@ -215,12 +215,14 @@ def on_a_terminal(arguments: list[str], **environment: str) -> str:
 COLOURS = ("\x1b[3", "\x1b[9", "\x1b[1;3", "\x1b[2;3")
 
 
+@pytest.mark.slow
 def test_no_color_takes_colours_away() -> None:
     arguments = ["inspect", "test_resnet"]
     assert any(colour in on_a_terminal(arguments) for colour in COLOURS)
     assert not any(colour in on_a_terminal(arguments, NO_COLOR="1") for colour in COLOURS)
 
 
+@pytest.mark.slow
 def test_force_color_colours_a_pipe_but_draws_no_bars(life: Life, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "siman_convert", "inspect", "test_resnet"]
     plain, forced = (

@@ -229,6 +229,7 @@ def loading_processes(parent: int) -> list[int]:
     return [int(child) for child in children]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds child processes in /proc")
 def test_a_loading_process_that_is_killed_is_one_line_and_a_run_to_go_on_with(
     make_images: Callable[..., Path], tmp_path: Path

@@ -168,6 +168,7 @@ def test_synchronised_batch_norm_equals_one_process(digits: Path, tmp_path: Path
     assert_two_equal_one(results(tmp_path, "sync")[0], phase_script.train("sync", str(digits), "cuda:0"))
 
 
+@pytest.mark.slow
 def test_one_process_speaks_and_writes(
     together: tuple[Run, subprocess.CompletedProcess[str]], digits: Path, tmp_path: Path
 ) -> None:
@@ -195,6 +196,7 @@ def test_one_process_speaks_and_writes(
     assert ours(done.stderr) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["last", "best", "full-precision"])
 def test_eval_repeats_what_two_processes_measured(
     which: str, together: tuple[Run, subprocess.CompletedProcess[str]]
@@ -254,6 +256,7 @@ def test_ctrl_c_saves_and_the_named_command_goes_on(
     assert outcome(Run(tmp_path / "run")) == outcome(together[0])
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_ends_all_with_one_line(tmp_path: Path) -> None:
     """An unreadable image, which one of two processes meets."""
     generator = np.random.default_rng(0)

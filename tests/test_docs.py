@@ -15,6 +15,7 @@ EXAMPLES = {"siman_convert": 8, "siman_convert.binarize": 5, "siman_convert.bits
             "siman_convert.layers": 3, "siman_convert.recipe": 2}  # fmt: skip
 
 
+@pytest.mark.slow
 def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-W", "error", BUILD, tmp_path], capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -294,6 +294,7 @@ def exported(finished: Run, tmp_path_factory: pytest.TempPathFactory) -> Exporte
     return export(finished.folder, format="all", output=tmp_path_factory.mktemp("files"), images=16)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_bits(finished: Run, digits: Path, tmp_path: Path) -> None:
     options = Options(tmp_path, "run", "cpu")
     with pytest.raises(Interrupted):

@@ -295,6 +295,7 @@ def _has_metadata(message: Any) -> bool:
     return any(field.name in ("metadata_props", "doc_string") for field, _ in message.ListFields())
 
 
+@pytest.mark.slow
 def test_same_bytes_in_fresh_processes(tmp_path: Path) -> None:
     """Whatever the hash seed and the folder."""
 

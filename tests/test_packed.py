@@ -303,6 +303,7 @@ def test_golden_bytes(tmp_path: Path) -> None:
     assert values["sha256"]["tensors"] == digest_as_documented(arrays) == GOLDEN_TENSORS
 
 
+@pytest.mark.slow
 def test_a_fresh_process_writes_the_same_bytes(tmp_path: Path) -> None:
     code = "import sys; sys.path.insert(0, sys.argv[1]); import pathlib, test_packed as t; "
     code += "t.save_packed(t.shares(), pathlib.Path(sys.argv[2]))"

@@ -116,11 +116,13 @@ def test_ctrl_c_stops_cleanly_and_names_the_command_that_resumes(
     assert outcome(Run(tmp_path / "run")) == outcome(uninterrupted)
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(digits: Path, tmp_path: Path, uninterrupted: Run) -> None:
     subprocess.run(command(tmp_path, digits, "-j", "2"), check=True, capture_output=True, timeout=300)
     assert outcome(Run(tmp_path / "run")) == outcome(uninterrupted)
 
 
+@pytest.mark.slow
 def test_output_is_one_line_an_epoch_when_not_a_terminal(digits: Path, tmp_path: Path) -> None:
     done = subprocess.run(command(tmp_path, digits, "--json"), check=True, capture_output=True, text=True, timeout=300)
     assert json.loads(done.stdout)["best_epoch"] in range(4)
@@ -218,6 +220,7 @@ def test_killed_while_re_estimating_at_the_end(
     assert run.progress().finished(run.recipe())
 
 
+@pytest.mark.slow
 def test_a_run_with_another_teacher_resumes_without_its_file(
     digits: Path, tmp_path: Path, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -236,6 +236,7 @@ def test_alpha_of_the_next_stage_is_fitted_to_the_layers_of_the_stage_before() -
     torch.testing.assert_close(layer.alpha.detach().double()[fitted], expected[fitted], rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 def test_a_staged_run_with_shortcuts_and_shifts_is_exported(digits: Path, tmp_path: Path) -> None:
     stages = "stages=[{binarize: weights}, {binarize: all}]"
     flags = ["--set", stages, "--epochs", "1", "--shortcuts", "--prelu", "--shifts", "--set", "img_size=32"]

@@ -462,6 +462,7 @@ FLAGS = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [["--shortcuts", "--prelu"], ["--shortcuts", "--prelu", "--shifts"]], ids=len)
 def test_convert_export_verify_resume(
     asked: list[str], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -116,6 +116,7 @@ def test_resumed_without_tracking_and_with_it_again(digits: Path, tmp_path: Path
     require_points_of(run, events(run))
 
 
+@pytest.mark.slow
 def test_of_two_processes_one_writes(digits: Path, tmp_path: Path) -> None:
     launcher = [
         sys.executable,

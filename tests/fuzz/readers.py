@@ -124,7 +124,7 @@ def fuzz_run(data: bytes) -> None:
     readers: tuple[Callable[[], object], ...] = (
         lambda: Preprocess.from_dict(run.info().preprocess),
         run.plan,
-        lambda: _accuracy(run, "best"),
+        lambda: _accuracy(run, run.metrics(), "best"),
         lambda: run.progress().finished(run.recipe()),
         lambda: [run.progress().top1("binary"), run.progress().re_estimated],
         run.publish,
