@@ -26,8 +26,7 @@ SMALLER = {  # on the page -> here: the same commands on a small network, few im
     r"--nproc-per-node 8": "--nproc-per-node 2",
     r"--num_processes 8": "--num_processes 1",
     r"-j 8": "-j 0",
-    r"--kills 200": "--kills 2",
-    r"--rounds \d+": "--rounds 2",
+    r"--epochs 12": "--epochs 1",
 }
 
 
