@@ -25,6 +25,8 @@ from siman_convert.description import Accuracy, describe, description_of
 from siman_convert.exporting import Exported
 from siman_convert.runs import Run
 
+pytestmark = pytest.mark.slow
+
 HOSTILE = [
     "<script>alert(1)</script>", "[click](https://evil.example)", "| a | b |", "`code`", "# head", "*b*_i_~~s~~", "---", "a\nb",
     "https://evil.example www.evil.example", "![x](y)", "&lt;b&gt;", "\u202ereversed", "- item", "1. one", "$x$", "key: 'v\"",

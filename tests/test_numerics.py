@@ -24,6 +24,8 @@ from siman_convert.plans import make_plan
 from siman_convert.runtime import native
 from siman_convert.surgery import apply_plan
 
+pytestmark = pytest.mark.slow
+
 Size = tuple[int, int, int]
 Backends = dict[str, Callable[[Tensor], Tensor]]
 SIZE: Size = (3, 9, 7)

@@ -17,6 +17,8 @@ from siman_convert.errors import InputError
 from siman_convert.runs import Run
 from siman_convert.tracking import FOLDER, figures, require_trackers
 
+pytestmark = pytest.mark.slow
+
 SIMAN = [sys.executable, "-m", "siman_convert"]
 TIMES = ("train_seconds", "eval_seconds")
 TRACK = ["--track", "tensorboard"]
