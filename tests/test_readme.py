@@ -22,7 +22,8 @@ BY_CI = ("make demo", "make test")
 SMALLER = {  # on the page -> here: the same commands on a small network, few images, one or two processes
     r"\bresnet18\b": "test_resnet",
     r"/imagenet\b": "photos",
-    r"--data photos( --epochs 30)?": "--data photos --img-size 32 --weights none --set calibration_images=40 --epochs 1",
+    r"convert test_resnet --data photos( --epochs 30)?": "convert test_resnet --data photos --img-size 32 --weights none"
+    " --set calibration_images=40 --epochs 1",
     r"--nproc-per-node 8": "--nproc-per-node 2",
     r"--num_processes 8": "--num_processes 1",
     r"-j 8": "-j 0",
