@@ -63,7 +63,6 @@ def test_there_is_something_to_run() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("documents")  # a document's blocks go on from each other
 @pytest.mark.parametrize(("document", "kind", "text"), BLOCKS, ids=[f"{d}:{t.splitlines()[0]}" for d, _, t in BLOCKS])
 def test_block(document: str, kind: str, text: str, folders: dict[str, Path]) -> None:
     for pattern, replacement in SMALLER.items():
