@@ -232,7 +232,7 @@ def test_killed_processes_are_started_anew_and_end_the_same(
         training.kill(0)
         assert training.process.wait(LIMIT) == 0
     assert training.lines.count(f"note started anew by the launcher: going on with {run.folder}") == 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["last", "run", "run-2"]
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "last", "run", "run-2"}
     assert outcome(run) == outcome(together[0])
     assert len(ours(training.errors)) <= 2
     for line in ours(training.errors):  # of the process that was not killed
