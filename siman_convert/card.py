@@ -121,7 +121,13 @@ def _measured(facts: Facts) -> Iterator[tuple[str, float, int]]:
         yield "top-1", change.after, change.images
     elif accuracy is not None and not facts.description.half and not facts.variant.int8:
         yield "top-1", accuracy.top1, accuracy.images
-        yield "top-5", accuracy.top5, accuracy.images
+        if _has_top5(facts):
+            yield "top-5", accuracy.top5, accuracy.images
+
+
+def _has_top5(facts: Facts) -> bool:
+    """Whether top-5 says anything: of 5 classes, any 5 answers hold the right one."""
+    return len(facts.description.classes) > 5
 
 
 def _what(facts: Facts) -> Iterator[str]:
@@ -152,10 +158,9 @@ def _accuracy(facts: Facts) -> Iterator[str]:
     if accuracy is None:
         yield "Not measured."
     else:
-        yield (
-            f"Top-1 {accuracy.top1:.2f} %, top-5 {accuracy.top5:.2f} % of {accuracy.images:,} validation images of "
-            f"{escape(accuracy.data)}, in torch before export."
-        )
+        top5 = f", top-5 {accuracy.top5:.2f} %" if _has_top5(facts) else ""
+        what = f"{accuracy.images:,} validation images of {escape(accuracy.data)}"
+        yield f"Top-1 {accuracy.top1:.2f} %{top5} of {what}, in torch before export."
     if change is not None:
         what = "8 bits" if facts.variant.int8 else "float16"
         cost = f"top-1 {change.before:.2f} % before, {change.after:.2f} % after, on {change.images:,} images"
@@ -216,6 +221,11 @@ def _recipe(facts: Facts) -> Iterator[str]:
         yield from ("The recipe, where it differs from siman's defaults:", "")
         yield from (f"    {line}" for line in _yaml(changed).splitlines())
         yield ""
+        if unfinished := facts.run.unfinished():
+            yield from (
+                f"These are not the weights of a finished training: it was {unfinished} when they were exported.",
+                "",
+            )
     description, version = facts.description, escape(facts.description.siman_version)
     yield f"SHA-256 of the recipe: {escape(description.recipe_digest)}. Weights: {description.weights}. siman {version}."
 

@@ -1,5 +1,6 @@
 """Every error a user can cause: one line of text, one exit code, no traceback."""
 
+import os
 from pathlib import Path
 
 
@@ -31,3 +32,9 @@ class Interrupted(SimanError):  # noqa: N818  nothing went wrong: what was asked
 def one_line(text: str) -> str:
     """At most 900 printable characters: names in a file may hold anything, line breaks and terminal codes too."""
     return "".join(character if character.isprintable() else " " for character in text)[:900]
+
+
+def printable(path: str) -> str:
+    """The path as one line of valid UTF-8: undecodable bytes and control characters as backslash escapes."""
+    text = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)

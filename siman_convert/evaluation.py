@@ -11,8 +11,9 @@ from siman_convert.data import Preprocess, Source, eval_loader, eval_transform, 
 from siman_convert.errors import InputError
 from siman_convert.guards import one_line_errors
 from siman_convert.metrics import Metrics, evaluate_model
+from siman_convert.names import is_file
 from siman_convert.runs import Run, find_run
-from siman_convert.subjects import Subject, is_file, load_run_model, open_file, open_run_data, run_subject, subject_data
+from siman_convert.subjects import Subject, load_run_model, open_file, open_run_data, run_subject, subject_data
 
 FILE_BATCH = 32  # images at a time for a file, which knows no batch size
 

@@ -30,6 +30,7 @@ from siman_convert.errors import InputError, MismatchError, SimanError
 from siman_convert.files import disk_errors, replacing
 from siman_convert.metrics import AccuracyChange, Metrics, evaluate_model
 from siman_convert.models import create
+from siman_convert.names import SUFFIXES
 from siman_convert.onnx_export import build_onnx
 from siman_convert.onnx_file import Variant, parse_onnx, seal
 from siman_convert.onnx_fold import Folding
@@ -39,7 +40,7 @@ from siman_convert.onnx_preprocess import add_preprocess
 from siman_convert.packed import load, round_to_half, save_packed
 from siman_convert.publishing import push, require_pushable
 from siman_convert.runs import require_usable
-from siman_convert.subjects import SUFFIXES, Subject, Which, open_subject
+from siman_convert.subjects import Subject, Which, open_subject
 from siman_convert.verification import IMAGES, Verification, different_tensors, verification_source, verify_file
 from siman_convert.watch import Watcher
 
@@ -110,6 +111,8 @@ def export(
     subject = _open(what, runs, which)
     targets = _targets(subject, format, None if output is None else Path(output))
     repository = None if push_to_hub is None else require_pushable(push_to_hub)
+    if subject.run is not None and subject.packed is not None and (unfinished := subject.run.unfinished()):
+        watcher.note(f"{subject.run.folder} is {unfinished}: these are not the weights of a finished training")
     source, own = verification_source(subject, data, watcher)
     watcher.say(f"writing the graph of {subject.name}")
     built = _build(subject, half, int8, with_preprocess, source if own else None, images)

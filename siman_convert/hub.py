@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from siman_convert.errors import InputError
 
 PROBE_SECONDS = 2.0  # how long a hub may take to answer at all
-WAYS_OUT = "give a local file with --weights FILE, or start from random weights with --weights none"
+WAYS_OUT = "give a local file with --weights FILE, or start from random weights with --weights none --fp-epochs N"
 
 
 def require_weights_in_reach(name: str) -> None:

@@ -16,7 +16,10 @@ Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all processes
 
 @dataclass(frozen=True)
 class Metrics:
-    """top1, top5: percent of `images`; loss: mean cross-entropy in nats; seconds: wall time; bad: unreadable images."""
+    """top1, top5: percent of `images`; loss: mean cross-entropy in nats; seconds: wall time; bad: unreadable images.
+
+    classes: how many the network tells apart.
+    """
 
     top1: float
     top5: float
@@ -24,6 +27,7 @@ class Metrics:
     images: int
     seconds: float
     bad: tuple[BadRecord, ...]
+    classes: int
 
     @property
     def images_per_second(self) -> float:
@@ -58,20 +62,25 @@ def evaluate_model(
     started = time.perf_counter()
     totals = torch.zeros(4, dtype=torch.float64)  # correct at 1, correct at 5, loss, images
     bad: list[BadRecord] = []
+    classes = 0
     for batch in batches:
         bad.extend(batch.bad)
         if len(batch.targets):
             images = batch.images.to(device, non_blocking=True)
             if channels_last:
                 images = images.contiguous(memory_format=torch.channels_last)
-            totals += _batch_totals(model(images).float().cpu(), batch.targets)
+            logits = model(images).float().cpu()
+            classes = logits.shape[1]
+            totals += _batch_totals(logits, batch.targets)
             each(len(batch.targets))
     model.train(training)
     correct1, correct5, loss, count = reduce(totals).tolist()
     if count == 0:
         raise InputError("not one validation image could be read; check the data")
     seconds = time.perf_counter() - started
-    return Metrics(100 * correct1 / count, 100 * correct5 / count, loss / count, int(count), seconds, tuple(bad))
+    return Metrics(
+        100 * correct1 / count, 100 * correct5 / count, loss / count, int(count), seconds, tuple(bad), classes
+    )
 
 
 def _batch_totals(logits: Tensor, targets: Tensor) -> Tensor:

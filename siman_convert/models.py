@@ -151,7 +151,8 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
     try:
         state = load_timm_state_dict(str(path), weights_only=True)
     except (OSError, SafetensorError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError) as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        text = "it holds more than tensors" if "weights_only" in str(error) else " ".join(str(error).split())[:160]
+        reason = f"{type(error).__name__}: {text}"
         raise InputError(f"{path}: not a weights file that can be read safely ({reason})") from error
     except Exception as error:  # pickle's errors share no base class with the rest
         raise InputError(f"{path}: not a weights file that can be read safely ({type(error).__name__})") from error

@@ -17,7 +17,7 @@ from siman_convert.data import (
     resolve_preprocess,
     train_transform,
 )
-from siman_convert.duration import seconds_of_teacher, seconds_per_step, spoken
+from siman_convert.duration import counted, seconds_of_teacher, seconds_per_step, spoken
 from siman_convert.environment import describe_environment
 from siman_convert.errors import InputError
 from siman_convert.models import LoadedModel, create, load_model, usual_weights
@@ -30,6 +30,9 @@ from siman_convert.subjects import open_run_data
 from siman_convert.train import Data
 from siman_convert.trial import trial_export
 from siman_convert.watch import Watcher
+
+FEW_STEPS = 8  # in an epoch; with fewer a smaller batch is proposed
+SMALLEST_BATCH = 8  # to propose: BatchNorm needs some images
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def check_environment(device: torch.device, processes: int, recipe: Recipe, watc
     facts = describe_environment(device)
     several = f", {processes} processes" if processes > 1 else ""
     packages = facts["packages"]
-    text = f"{facts['device']}, {facts['threads']} threads{several}, torch {packages['torch']}, timm {packages['timm']}"
+    threads = counted(facts["threads"], "thread")
+    text = f"{facts['device']}, {threads}{several}, torch {packages['torch']}, timm {packages['timm']}"
     watcher.stage(1, "environment", text)
 
 
@@ -159,7 +163,11 @@ def check_export(job: Job, watcher: Watcher) -> None:
 def check_duration(job: Job, device: torch.device, processes: int, watcher: Watcher) -> None:
     """Step 5: how long the whole run will take."""
     recipe = job.recipe
-    steps = math.ceil(len(job.source.train) / (recipe.batch_size * recipe.grad_accum_steps * processes))
+
+    def steps_of(batch_size: int) -> int:
+        return math.ceil(len(job.source.train) / (batch_size * recipe.grad_accum_steps * processes))
+
+    steps = steps_of(recipe.batch_size)
     spans = [Span.full_precision(recipe), *(Span.binary(recipe, i) for i in range(len(recipe.resolved_stages)))]
     parts, total = [], 0.0
     for span in spans:
@@ -167,14 +175,23 @@ def check_duration(job: Job, device: torch.device, processes: int, watcher: Watc
         if epochs:
             plan = None if name == "full-precision" else job.plan
             step = seconds_per_step(job.loaded.module, plan, span.recipe, job.preprocess.input_size, device)
-            plural, taught = "s" if epochs > 1 else "", ""
+            taught = ""
             if plan and job.distills and span.recipe.taught:
                 teacher = job.teacher or job.loaded.module
                 extra = seconds_of_teacher(teacher, recipe, job.preprocess.input_size, device)
                 step, taught = step + extra, f" ({spoken(extra)} of it the teacher's)"
-            parts.append(f"{epochs} {name} epoch{plural} of {steps} steps at about {spoken(step)}{taught}")
+            what = f"{counted(epochs, f'{name} epoch')} of {counted(steps, 'step')}"
+            parts.append(f"{what} at about {spoken(step)}{taught}")
             total += epochs * steps * step
-    watcher.stage(5, "time", f"{', then '.join(parts)}; about {spoken(total)} in all" if parts else "nothing to train")
+    about = f"about {spoken(total)} of training steps in all"
+    watcher.stage(5, "time", f"{', then '.join(parts)}; {about}" if parts else "nothing to train")
+    smaller = recipe.batch_size
+    while smaller > SMALLEST_BATCH and steps_of(smaller) < 2 * FEW_STEPS:
+        smaller //= 2
+    if parts and steps < FEW_STEPS and smaller < recipe.batch_size:
+        watcher.note(
+            f"an epoch is only {counted(steps, 'step')}, which trains little; -b {smaller} makes it {steps_of(smaller)}"
+        )
 
 
 def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Run | None = None) -> nn.Module | None:

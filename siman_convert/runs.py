@@ -17,6 +17,7 @@ import contextlib
 import json
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -151,6 +152,16 @@ class Run:
         path = self.folder / "recipe.yaml"
         return build_recipe(parse_recipe(_read(path), str(path)), origin=str(path))
 
+    def unfinished(self) -> str | None:
+        """How far a run is that is not trained to its end, in words; None where it is."""
+        progress, recipe = self.progress(), self.recipe()
+        if progress.finished(recipe):
+            return None
+        if progress.phase == "full-precision":
+            return f"at full-precision epoch {progress.epoch} of {recipe.fp_epochs}"
+        done = recipe.resolved_stages[progress.stage].before + progress.epoch
+        return f"at binary epoch {done} of {recipe.binary_epochs}"
+
     def plan(self) -> "Plan":
         from siman_convert.plans import Plan  # torch: `siman runs` does without
 
@@ -282,12 +293,19 @@ def run_name(model: str, data: str) -> str:
 
 
 def require_usable(output: Path, experiment: str | None) -> None:
-    """Raise InputError where no run folder could be made in `output`, or under the name `experiment`."""
+    """Raise InputError where no folder could be made at `output`, nothing be written into it, or `experiment` names no run."""
     if experiment is not None and (Path(experiment).name != experiment or experiment.startswith(".")):
         raise InputError(f"--experiment {experiment!r}: expected a plain name, without slashes")
     existing = next(path for path in (output, *output.absolute().parents) if path.exists())
     if not existing.is_dir():
         raise InputError(f"--output {output}: {existing} is a file; expected a folder, or a path to make one at")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise InputError(
+            f"--output {output}: nothing can be written into {existing} ({why}); choose another folder"
+        ) from None
 
 
 def find_run(which: str | Path | None, output: Path) -> Run:
@@ -297,6 +315,8 @@ def find_run(which: str | Path | None, output: Path) -> Run:
     for folder in (Path(which), output / which):
         if (folder / "run.json").is_file():
             return Run(folder)
+    if Path(which).is_file():
+        raise InputError(f"{which}: neither a run nor an exported file; expected a run's folder, .onnx or .safetensors")
     raise InputError(f"no run at {which}: expected a folder with run.json; `siman runs` lists those in {output}")
 
 

@@ -1,4 +1,4 @@
-"""How to run an exported file: six lines of Python, and where other languages start."""
+"""How to run an exported file: a few lines of Python, and where other languages start."""
 
 from __future__ import annotations
 
@@ -34,23 +34,30 @@ def python_lines(path: Path, description: Description, variant: Variant) -> list
 def _lines(path: Path, pre: Preprocess) -> list[str]:
     values = ".transpose(2, 0, 1)" if pre.input_size[0] == 3 else "[None]"
     return [
-        "import numpy as np, onnxruntime",
+        "import json, numpy as np, onnxruntime",
         "from PIL import Image, ImageOps",
-        f"session = onnxruntime.InferenceSession({str(path)!r})",
+        *_session(path),
         f"image = {_fitted(pre)}",
         f"x = ((np.asarray(image, np.float32) / 255 - {_constant(pre.mean)}) / {_constant(pre.std)}){values}[None]",
-        'print(session.run(None, {"input": x.astype(np.float32)})[0].argmax())',
+        'print(classes[session.run(None, {"input": x.astype(np.float32)})[0].argmax()])',
     ]
 
 
 def _image_lines(path: Path, pre: Preprocess) -> list[str]:
     return [
-        "import numpy as np, onnxruntime",
+        "import json, numpy as np, onnxruntime",
         "from PIL import Image",
-        f"session = onnxruntime.InferenceSession({str(path)!r})",
+        *_session(path),
         f'image = Image.open("photo.jpg").convert({_mode(pre)!r})',
         "x = np.asarray(image)" + ("[None]" if pre.input_size[0] == 3 else "[None, :, :, None]"),
-        'print(session.run(None, {"images": x})[0].argmax())',
+        'print(classes[session.run(None, {"images": x})[0].argmax()])',
+    ]
+
+
+def _session(path: Path) -> list[str]:
+    return [
+        f"session = onnxruntime.InferenceSession({str(path)!r})",
+        'classes = json.loads(session.get_modelmeta().custom_metadata_map["siman"])["classes"]',
     ]
 
 
@@ -61,7 +68,7 @@ def _torch_lines(path: Path) -> list[str]:
         "from siman_convert.data import eval_transform",
         f"model = siman_convert.load({str(path)!r})",
         'x = eval_transform(model.siman_description.preprocess)(Image.open("photo.jpg"))[None]',
-        "print(model(x).argmax())",
+        "print(model.siman_description.classes[model(x).argmax()])",
     ]
 
 

@@ -17,13 +17,13 @@ from siman_convert.environment import siman_version
 from siman_convert.errors import InputError
 from siman_convert.frozen import freeze
 from siman_convert.models import create
+from siman_convert.names import is_file, require_file
 from siman_convert.onnx_file import OnnxFile, read_onnx
 from siman_convert.packed import load
 from siman_convert.runs import Record, Run, find_run
 from siman_convert.surgery import apply_plan
 
 Which = Literal["best", "last"]
-SUFFIXES = (".safetensors", ".onnx")
 READINGS = 20  # of a run that changes while it is read
 
 
@@ -49,11 +49,6 @@ def open_subject(what: str | Path | None, output: Path, which: Which = "best") -
     return run_subject(find_run(what, output), which)
 
 
-def is_file(what: str | Path) -> bool:
-    """Whether a name means an exported file, by its suffix; anything else is a run."""
-    return Path(what).suffix in SUFFIXES and not Path(what).is_dir()
-
-
 def run_subject(run: Run, which: Which = "best") -> Subject:
     """A run's weights, packed. Raises InputError."""
     packed = packed_run(run, which)
@@ -62,8 +57,7 @@ def run_subject(run: Run, which: Which = "best") -> Subject:
 
 def open_file(path: Path) -> Subject:
     """Open an exported file. Raises InputError."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file; `siman export` writes one")
+    require_file(path)
     run = Run(path.parent) if (path.parent / "run.json").is_file() else None
     if path.suffix == ".onnx":
         file = read_onnx(path)

@@ -41,6 +41,7 @@ from siman_convert.description import Description, description_of
 from siman_convert.errors import InputError
 from siman_convert.frozen import packed_layers
 from siman_convert.layers import exact_mean
+from siman_convert.names import SUFFIXES, is_file
 from siman_convert.onnx_export import INPUT, OUTPUT, binary_nodes, operator_nodes
 from siman_convert.onnx_file import OnnxFile
 from siman_convert.onnx_op import INPUTS
@@ -49,10 +50,8 @@ from siman_convert.packed import round_to_half
 from siman_convert.runs import Run, find_run
 from siman_convert.runtime import native, reference
 from siman_convert.subjects import (
-    SUFFIXES,
     Subject,
     Which,
-    is_file,
     open_file,
     packed_run,
     run_subject,

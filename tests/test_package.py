@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "siman_convert"
 ORDER = [
     "errors", "launch", "hub", "files", "pieces", "binarize", "bits", "timm_convs", "layers", "blocks", "environment", "recipe",
-    "trace", "topology", "plans", "surgery", "costs", "networks", "model_table", "data", "guards", "onnx_op",
-    "onnx_quantized_op", "runtime", "metrics", "models", "drafts", "runs", "frozen", "description", "metadata", "packed",
+    "trace", "topology", "plans", "surgery", "costs", "networks", "model_table", "drafts", "runs", "names", "data", "guards",
+    "onnx_op", "onnx_quantized_op", "runtime", "metrics", "models", "frozen", "description", "metadata", "packed",
     "onnx_fold", "onnx_file", "onnx_preprocess", "onnx_int8_plan", "onnx_int8_conv", "onnx_int8", "onnx_export", "subjects",
     "backends", "watch", "tracking", "flips", "calibrate", "objective", "schedule", "train", "evaluation", "operator_check",
     "verification", "prediction", "snippet", "card", "publishing", "exporting", "benchmark", "inspection", "report", "duration",
@@ -58,6 +58,28 @@ def test_light_commands_import_neither_torch_nor_timm(arguments: list[str], tmp_
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *([command, "nothere"] for command in ("eval", "export", "bench", "verify", "report")),
+        ["eval"],
+        ["eval", "nothere.onnx"],
+        ["predict", "nothere", "photo.jpg"],
+        ["convert", "resnet18", "--data", "nothere"],
+        ["convert", "--resume", "nothere"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_not_there_is_answered_without_torch(arguments: list[str], tmp_path: Path) -> None:
+    code = (
+        "import sys; from siman_convert.cli import run; code = run(sys.argv[1:]);"
+        "sys.exit(99 if 'torch' in sys.modules else code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "nothere" in done.stderr or "no run in runs" in done.stderr
 
 
 def test_public_names() -> None:

@@ -38,19 +38,21 @@ def bench(
     """
     from rich.console import Console
 
-    from siman_convert.backends import require_backend
-    from siman_convert.benchmark.comparison import bench
-    from siman_convert.cli.bench_text import ProgressLine, bench_record, render_bench
     from siman_convert.errors import InputError
     from siman_convert.files import disk_errors, write_json
-    from siman_convert.report.timing import FILE
-    from siman_convert.subjects import is_file
+    from siman_convert.names import is_file, require_subject
 
     if last and what is not None and is_file(what):
         raise InputError(f"{what} holds one network; --last is for runs")
-    chosen = require_backend(backend)
     numbers = [] if threads is None else _numbers("--threads", threads)
     sizes = _numbers("--batch-size", batch_size)
+    require_subject(what, output)
+    from siman_convert.backends import require_backend
+    from siman_convert.benchmark.comparison import bench
+    from siman_convert.cli.bench_text import ProgressLine, bench_record, render_bench
+    from siman_convert.report.timing import FILE
+
+    chosen = require_backend(backend)
     with ProgressLine() as progress:
         found = bench(
             what,

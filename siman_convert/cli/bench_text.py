@@ -81,7 +81,7 @@ def _heading(found: Benchmark) -> Iterator[str]:
 
 
 def _contest_table(found: Benchmark) -> Table:
-    table = _table("", "median", "p95", "images/s", "vs binary", "half of rounds")
+    table = _table("", "median", "p95", "images/s", "vs binary", "quartiles")
     for contest in found.contests:
         table.add_row(f"[bold]{threads_text(contest.threads)}, batch {contest.batch_size}[/]")
         for result in contest.results:

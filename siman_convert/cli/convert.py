@@ -142,7 +142,9 @@ def convert(
     Ctrl-C stops cleanly and prints the command that goes on.
     """
     from siman_convert.errors import InputError, Interrupted
+    from siman_convert.names import require_data
     from siman_convert.recipe import Recipe, load_recipe, parse_assignments
+    from siman_convert.runs import find_run
 
     flags = {
         name: value for name, value in ctx.params.items() if name in Recipe.model_fields and value not in (None, [])
@@ -153,14 +155,17 @@ def convert(
         if model is None:
             raise InputError("name a model to convert, for example `siman convert resnet18 --data PATH`")
         wanted = load_recipe(recipe or "finetune", overrides)
+        require_data(data or "digits")
         if weights in (None, "pretrained"):
-            _require_weights_in_reach(model, data)
+            _require_weights_in_reach(model)
+    else:
+        run = find_run(None if resume == "last" else resume, output)
+        _refuse_changes(run, named, recipe, overrides)
 
     from siman_convert.cli.terminal import Terminal  # from here on torch: everything above answers at once
     from siman_convert.conversion import Options
     from siman_convert.conversion import convert as start
     from siman_convert.conversion import resume as go_on
-    from siman_convert.runs import find_run
 
     options = Options(output, experiment, device, workers, save_every, dry_run, tuple(track))
     with Terminal(aside=as_json, silent=not launch.is_main()) as terminal:
@@ -176,8 +181,6 @@ def convert(
                     watcher=terminal,
                 )
             else:
-                run = find_run(None if resume == "last" else resume, output)
-                _refuse_changes(run, named, recipe, overrides)
                 result = go_on(run, options=options, watcher=terminal)
         except Interrupted as error:
             raise Interrupted(f"{error}; {_again(error.run, device, workers, save_every, track)}") from None
@@ -203,13 +206,13 @@ def _again(run: Path | None, device: str, workers: int, save_every: float | None
     return " ".join([start, "convert --resume", shlex.quote(str(run)), *values])
 
 
-def _require_weights_in_reach(model: str, data: str | None) -> None:
-    """Say within seconds that pretrained weights cannot be had; what else is wrong is reported first, after the imports."""
+def _require_weights_in_reach(model: str) -> None:
+    """Say within seconds that pretrained weights cannot be had."""
     from siman_convert.hub import require_weights_in_reach
     from siman_convert.model_table import read_table
 
     on_timm_hub = {row["name"] for row in read_table() if row["timm_hub"]}
-    if model in on_timm_hub and (data in (None, "digits") or Path(data).exists()):
+    if model in on_timm_hub:
         require_weights_in_reach(model)
 
 
@@ -240,7 +243,7 @@ def _print_result(result: "Result") -> None:
     print()
     print(f"full precision  top-1 {percent(result.full_precision_top1)}")
     print(
-        f"binary          top-1 {percent(result.best_top1)} (epoch {result.best_epoch}; last {percent(result.last_top1)})"
+        f"binary          top-1 {percent(result.best_top1)} (epoch {result.best_epoch}; last weights {percent(result.last_top1)})"
     )
     print(f"weights         {size} when packed, {times:.1f} times smaller")
     if result.bad_images:

@@ -40,18 +40,20 @@ def evaluate(
     """
     from dataclasses import asdict
 
-    from siman_convert.backends import default_onnx_backend, require_backend
     from siman_convert.errors import InputError
-    from siman_convert.evaluation import evaluate as evaluate_subject
+    from siman_convert.names import is_file, require_subject
     from siman_convert.runs import find_run
-    from siman_convert.runtime import native
-    from siman_convert.subjects import is_file
 
     if last and full_precision:
         raise InputError("--last and --full-precision exclude each other")
     file = what is not None and is_file(what)
     if file and (last or full_precision):
         raise InputError(f"{what} holds one network; --last and --full-precision are for runs")
+    require_subject(what, output)
+    from siman_convert.backends import default_onnx_backend, require_backend
+    from siman_convert.evaluation import evaluate as evaluate_subject
+    from siman_convert.runtime import native
+
     which = "last" if last else "full-precision" if full_precision else "best"
     found = Path(what) if file and what else find_run(what, output)
     metrics = evaluate_subject(
@@ -75,7 +77,11 @@ def evaluate(
         print_json({"run": name, "weights": weights, "backend": ran, **asdict(metrics), **rate, "bad": bad})
         return
     print(f"{name}, {f'{weights} weights, ' if weights else ''}{metrics.images:,} images:")
-    print(f"top-1 {metrics.top1:.2f} %   top-5 {metrics.top5:.2f} %   loss {metrics.loss:.4f}   "
-          f"{metrics.images_per_second:.1f} images/s in {ran}")  # fmt: skip
+    top5 = (
+        f"top-5 {metrics.top5:.2f} %   " if metrics.classes > 5 else ""
+    )  # of 5 classes, any 5 answers hold the right one
+    print(
+        f"top-1 {metrics.top1:.2f} %   {top5}loss {metrics.loss:.4f}   {metrics.images_per_second:.1f} images/s in {ran}"
+    )
     for record in metrics.bad:
         print(f"skipped an unreadable image: {record.path}: {record.why}")

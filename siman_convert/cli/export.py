@@ -52,15 +52,17 @@ def export(
 
     The ONNX file runs in any ONNX Runtime, and anywhere siman's own readers run.
     """
-    from siman_convert.cli.terminal import Terminal
     from siman_convert.errors import InputError
+    from siman_convert.names import is_file, require_subject
+
+    if last and what is not None and is_file(what):
+        raise InputError(f"{what} holds one network; --last is for runs")
+    require_subject(what, RUNS)
+    from siman_convert.cli.terminal import Terminal
     from siman_convert.exporting import FORMATS, export
-    from siman_convert.subjects import is_file
 
     if format not in FORMATS:
         raise InputError(f"--format {format!r}: expected {', '.join(FORMATS)}")
-    if last and what is not None and is_file(what):
-        raise InputError(f"{what} holds one network; --last is for runs")
     with Terminal(aside=as_json) as terminal:
         exported = export(
             what,

@@ -36,7 +36,7 @@ def inspect(
     from siman_convert.cli.topology_text import topology_lines
     from siman_convert.errors import InputError
     from siman_convert.inspection import inspect_file, inspect_model, inspect_run
-    from siman_convert.subjects import is_file
+    from siman_convert.names import is_file
 
     run = next((path for path in (Path(model), output / model) if (path / "run.json").is_file()), None)
     planned = run is not None or is_file(model)

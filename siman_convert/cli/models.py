@@ -32,10 +32,16 @@ def models(
     print(f"{'model':{width}}  convolutions  become binary  1-bit MACs  from plan to ONNX")
     for row in rows:
         found = row["swept"]
-        own = found and found["name"] == row["name"]
+        own = found is not None and not _is_borrowed(row)
         share = f"{100 * found['binary_macs']:.1f} %" if own and row["binarized"] and "binary_macs" in found else "-"
         outcome = _outcome(found, own) if row["binarized"] else "-"
         print(f"{row['name']:{width}}  {row['convolutions']:12}  {row['binarized'] or '-':>13}  {share:>10}  {outcome}")
+    if borrowed := next((row["swept"]["name"] for row in rows if row["binarized"] and _is_borrowed(row)), None):
+        print(f"as {borrowed}: that one of its family was tried, this one not")
+
+
+def _is_borrowed(row: dict[str, Any]) -> bool:
+    return row["swept"] is not None and row["swept"]["name"] != row["name"]
 
 
 def _outcome(found: dict[str, Any] | None, own: bool) -> str:

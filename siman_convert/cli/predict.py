@@ -25,6 +25,9 @@ def predict(
     """
     from dataclasses import asdict
 
+    from siman_convert.names import require_subject
+
+    require_subject(what, output)
     from siman_convert.backends import default_onnx_backend, require_backend
     from siman_convert.prediction import predict
 

@@ -44,12 +44,15 @@ def report(
 
     Training, weights, mistakes, sizes and times. The page needs no network and no other file.
     """
-    from siman_convert.cli.terminal import Terminal
     from siman_convert.errors import InputError
+    from siman_convert.runs import find_run
 
     _require_libraries()
     if compare is not None and (what is not None or last or data is not None):
         raise InputError("--compare takes two runs and their last weights; it goes with no other RUN, --last or --data")
+    for run in compare or (what,):
+        find_run(run, output)
+    from siman_convert.cli.terminal import Terminal
     from siman_convert.report import reporting
 
     if compare is not None:

@@ -29,14 +29,16 @@ def verify(
 
     A run: its exported files, or what it would export. Exits with 3 where something is outside the bounds it prints.
     """
-    from siman_convert.cli.terminal import Terminal
-    from siman_convert.cli.verification_text import detail_lines, summary_lines, verification_record
     from siman_convert.errors import InputError
-    from siman_convert.subjects import is_file
-    from siman_convert.verification import verify
+    from siman_convert.names import is_file, require_subject
 
     if last and what is not None and is_file(what):
         raise InputError(f"{what} holds one network; --last is for runs")
+    require_subject(what, output)
+    from siman_convert.cli.terminal import Terminal
+    from siman_convert.cli.verification_text import detail_lines, summary_lines, verification_record
+    from siman_convert.verification import verify
+
     with Terminal(aside=as_json) as terminal:
         found = verify(
             what, which="last" if last else "best", data=data, images=images, output=output, watcher=terminal

@@ -17,9 +17,8 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from siman_convert.data.images import printable
 from siman_convert.data.split import ArraySplit, Labels
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, printable
 
 _CIFAR10_TRAIN = tuple(f"data_batch_{i}" for i in range(1, 6))
 _FOLDERS = ("", "cifar-10-batches-py", "cifar-100-python")

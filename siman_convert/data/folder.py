@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from siman_convert.data.images import IMAGE_EXTENSIONS, decode, header_size, printable, reason
+from siman_convert.data.images import IMAGE_EXTENSIONS, decode, header_size, reason
 from siman_convert.data.split import BadImage, Labels, Split, stratified
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, printable
 
 VAL_NAMES = ("val", "validation", "test")
 
@@ -70,7 +70,7 @@ def read(root: Path, val_split: float | None, seed: int) -> tuple[tuple[str, ...
     if not has_train:
         if not any(_holds_images(Path(entry)) for entry in _subfolders(root)):
             return None
-        return _cut(root, val_split, seed, f"{shown}: a folder of classes without train/ and val/")
+        return _cut(root, val_split, seed, f"{shown}: a folder of classes without train/ and val/", _sibling(root))
     if val_name is None:
         return _cut(root / "train", val_split, seed, f"{shown}: has train/ but no {'/, '.join(VAL_NAMES)}/")
     if val_split is not None:
@@ -82,12 +82,22 @@ def read(root: Path, val_split: float | None, seed: int) -> tuple[tuple[str, ...
     return tuple(printable(name) for name in train_classes), train, val
 
 
-def _cut(root: Path, val_split: float | None, seed: int, what: str) -> tuple[tuple[str, ...], FolderSplit, FolderSplit]:
+def _cut(
+    root: Path, val_split: float | None, seed: int, what: str, hint: str = ""
+) -> tuple[tuple[str, ...], FolderSplit, FolderSplit]:
     if val_split is None:
-        raise InputError(f"{what}; add one, or --val-split 0.1 to hold out 10 % of each class for evaluation")
+        raise InputError(
+            f"{what}; {hint}add such a split, or hold out 10 % of each class for evaluation with --val-split 0.1"
+        )
     classes, whole = scan(root, "train")
     train, val = stratified(whole.labels, val_split, seed)
     return tuple(printable(name) for name in classes), whole.take("train", train), whole.take("val", val)
+
+
+def _sibling(root: Path) -> str:
+    """What to say where the split itself was named, not the folder that holds both."""
+    beside = [name for name in VAL_NAMES if root.name == "train" and (root.parent / name).is_dir()]
+    return f"{beside[0]}/ lies beside it: give {printable(str(root.parent))}, or " if beside else ""
 
 
 def _difference(shown: str, val_name: str, train: list[str], val: list[str]) -> str:

@@ -19,9 +19,8 @@ from typing import BinaryIO, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from siman_convert.data.images import printable
 from siman_convert.data.split import ArraySplit, Labels
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, printable
 
 _TRAIN_IMAGES = re.compile(r"(?P<prefix>(?:.+-)?)train-images(?P<dot>[-.])idx3-ubyte(?:\.gz)?", re.DOTALL)
 _DEFLATE_MAX_RATIO = 1032  # deflate cannot expand further than this

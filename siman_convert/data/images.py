@@ -5,7 +5,6 @@ EXIF orientation is not applied and of animations the first frame is taken, both
 
 from __future__ import annotations
 
-import os
 import warnings
 from pathlib import Path
 from typing import BinaryIO
@@ -13,17 +12,11 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, printable
 
 IMAGE_EXTENSIONS = frozenset(
     (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 )
-
-
-def printable(path: str) -> str:
-    """The path as one line of valid UTF-8: undecodable bytes and control characters as backslash escapes."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def decode(file: BinaryIO | str) -> Image.Image:

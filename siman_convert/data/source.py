@@ -17,16 +17,15 @@ from pathlib import Path
 import numpy as np
 
 from siman_convert.data import cifar, digits, folder, idx, tar, timm_source
-from siman_convert.data.images import printable
 from siman_convert.data.split import AnySplit, BadImage, Split, StreamSplit
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, printable
+from siman_convert.names import DATA_NAMES, existing_data, opened_by_timm
 
 _PROBED = 48  # images looked at for the median size
 _LOOKED_FOR = (
     "train/ and val/ (or validation/, test/) with class folders, class folders with --val-split, IDX files "
     "(train-images-idx3-ubyte[.gz]), CIFAR python batches (data_batch_1.. or train, test, meta), train.tar and val.tar"
 )
-_NAMES = "digits, hfds/NAME, tfds/NAME, wds/FOLDER or torch/NAME:FOLDER"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,11 +58,11 @@ def open_source(spec: str, *, val_split: float | None = None, seed: int = 0) -> 
         _refuse_val_split(spec, val_split)
         ten, grey, held_out = digits.read()
         return Source("digits", "digits", spec, ten, grey, held_out, _median_size(grey, spec))
-    if timm_source.recognises(spec):
+    if opened_by_timm(spec):
         names, first, second, probe = timm_source.read(spec, val_split, seed)
         _require_some(spec, names, first, second)
         return Source("timm", safe_name(spec), spec, names, first, second, _median_size(probe or first, spec))
-    path = _existing(spec)
+    path = existing_data(spec)
     try:
         kind, name, classes, train, val = _open_path(path, val_split, seed)
     except OSError as error:
@@ -86,7 +85,7 @@ def _open_path(path: Path, val_split: float | None, seed: int) -> Opened:
             return "idx", safe_name(prefix or path.parent.name), *idx.read(path.parent, prefix)
         raise InputError(f"{shown}: a file of unknown kind; expected a folder, .tar, or train-images-idx3-ubyte[.gz]")
     if not path.is_dir():
-        raise InputError(f"{shown}: neither a file nor a folder; expected a folder of images, or {_NAMES}")
+        raise InputError(f"{shown}: neither a file nor a folder; expected a folder of images, or {DATA_NAMES}")
     if batches := cifar.find(path):
         _refuse_val_split(shown, val_split)
         return "cifar", *cifar.read(batches)
@@ -101,17 +100,6 @@ def _open_path(path: Path, val_split: float | None, seed: int) -> Opened:
         return "imagefolder", "", *folders
     raise InputError(f"{shown}: no data set recognised: looked for {_LOOKED_FOR}; found {_found(path)}"
                      f"{folder.other_kinds(path)}")  # fmt: skip
-
-
-def _existing(spec: str) -> Path:
-    try:
-        path = Path(os.path.abspath(Path(spec).expanduser()))  # noqa: PTH100  as typed: links keep their name
-        found = bool(spec) and path.exists()
-    except (OSError, RuntimeError, ValueError) as error:  # no permission, unknown ~user, a NUL in it
-        raise InputError(f"{printable(spec)}: cannot be looked up ({error}); expected a path or {_NAMES}") from error
-    if not found:
-        raise InputError(f"no such path: {printable(spec) or '(empty)'}; expected a folder, a file, or {_NAMES}")
-    return path
 
 
 def _refuse_val_split(shown: str, val_split: float | None) -> None:

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from siman_convert.data.images import printable
-from siman_convert.errors import InputError, SimanError
+from siman_convert.errors import InputError, SimanError, printable
 
 Labels = NDArray[np.int64]  # (N,) class indices
 

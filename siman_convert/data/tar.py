@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from siman_convert.data.folder import natural_key
-from siman_convert.data.images import IMAGE_EXTENSIONS, decode, header_size, printable, reason
+from siman_convert.data.images import IMAGE_EXTENSIONS, decode, header_size, reason
 from siman_convert.data.split import BadImage, Labels, Split, stratified
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, printable
 
 VAL_TARS = ("val.tar", "validation.tar", "test.tar")
 Parts = tuple[tuple[str, ...], "TarSplit", "TarSplit"]

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from siman_convert.data.images import decode, header_size, printable, reason, to_grey_or_rgb
+from siman_convert.data.images import decode, header_size, reason, to_grey_or_rgb
 from siman_convert.data.split import AnySplit, BadImage, Labels, Split, StreamSplit, stratified
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, printable
 
 _PACKAGES = {  # prefix: module and pip packages it needs
     "hfds": ("datasets", "datasets"),
@@ -85,11 +85,6 @@ class TorchvisionSplit(Split):
 
     def label(self, index: int) -> int:
         return int(self.dataset[index][1])
-
-
-def recognises(spec: str) -> bool:
-    """Whether the spec begins with one of timm's prefixes (a folder of that name is written ./wds/...)."""
-    return spec.partition("/")[0] in _PACKAGES and "/" in spec
 
 
 def read(

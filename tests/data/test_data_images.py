@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from siman_convert.data.images import decode, printable, reason, to_grey_or_rgb
+from siman_convert.data.images import decode, reason, to_grey_or_rgb
+from siman_convert.errors import printable
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
