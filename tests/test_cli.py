@@ -202,6 +202,27 @@ def test_teachers_that_cannot_teach(
     assert not (tmp_path / "runs").exists()
 
 
+def test_few_steps_are_met_with_a_smaller_batch(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert converted(tmp_path, digits, "--dry-run") == 0
+    assert "note an epoch is only 5 steps, which trains little; -b 16 makes it 20" in capsys.readouterr().out
+    assert converted(tmp_path, digits, "--dry-run", "-b", "16") == 0
+    assert "an epoch is only" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that nobody can write into")
+@pytest.mark.parametrize("command", [["convert", "test_resnet", "--weights", "none"], ["export"]])
+def test_where_nothing_can_be_written_is_said_beforehand(
+    command: list[str], finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = [str(finished.folder)] if command == ["export"] else []
+    assert siman([*command, *subject, "--output", "/proc/siman"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("siman: --output /proc/siman: nothing can be written into /proc (")
+    assert "verifying" not in captured.out
+
+
 def test_dry_run_writes_nothing(digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert converted(tmp_path / "runs", digits, "--dry-run") == 0
     out = capsys.readouterr().out
@@ -242,6 +263,7 @@ def test_a_torch_checkpoint_with_another_head(finished: Run, digits: Path, tmp_p
     assert [record["phase"] for record in Run(tmp_path / "h").metrics()] == ["binary"]  # a new head measures nothing
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -306,10 +328,11 @@ def test_models_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_models_command_shows_what_the_sweep_found(capsys: pytest.CaptureFixture[str]) -> None:
     assert siman(["models", "resnet18*"]) == 0
-    header, plain, deep = capsys.readouterr().out.splitlines()
+    header, plain, deep, note = capsys.readouterr().out.splitlines()
     assert header.split("  ")[-1] == "from plan to ONNX"
     assert plain.split() == ["resnet18", "20", "16", "92.4", "%", "passed"]
     assert deep.split() == ["resnet18d", "22", "18", "-", "passed", "as", "resnet10t"]
+    assert note == "as resnet10t: that one of its family was tried, this one not"
     assert siman(["models", "vit_tiny_patch16_224"]) == 0
     assert capsys.readouterr().out.splitlines()[1].split() == ["vit_tiny_patch16_224", "1", "-", "-", "-"]
 
@@ -372,6 +395,7 @@ def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         (["convert", "--resume", "gone"], "no run at gone"),
         (["convert", "--epochz", "3"], "No such option"),
         (["eval", "gone"], "no run at gone"),
+        (["eval", __file__], "neither a run nor an exported file"),
         (["inspect", "gone"], "unknown model 'gone'"),
         (["nonsense"], "No such command"),
     ],

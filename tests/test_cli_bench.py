@@ -172,6 +172,7 @@ def test_text(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     assert max(map(len, tables)) <= 80
 
 
+@pytest.mark.slow
 def test_the_newest_run_and_its_last_weights(
     life: Life, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_the_newest_run_and_its_last_weights(
     assert seen == ["best", "last"]
 
 
+@pytest.mark.slow
 def test_a_packed_file_is_benched_as_the_graph_it_exports(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = document(capsys, str(files / "model.safetensors"), "--threads", "1")
     assert found["footprints"][0]["file_bytes"] == (files / "model.onnx").stat().st_size
@@ -203,6 +205,7 @@ def test_a_file_that_takes_images(files: Path, capsys: pytest.CaptureFixture[str
     assert all(f"\n  {name} " in out for name in NAMES)
 
 
+@pytest.mark.slow
 def test_without_our_kernels(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked for, that is no news; where they are missing, it is said once."""
     found = document(capsys, str(files / "model.onnx"), "--threads", "1", "--backend", "onnxruntime")

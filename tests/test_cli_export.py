@@ -228,6 +228,22 @@ def test_what_eval_refuses(life: Life, far: Path, tmp_path: Path, capsys: pytest
     assert "the full-precision one runs in torch" in line
 
 
+def test_weights_of_an_unfinished_training_are_exported_with_a_word(
+    copied: Life, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (file,) = copied.run.folder.glob("state/*/progress.json")
+    progress = json.loads(file.read_text())
+    assert siman(["export", str(copied.run.folder), "--images", "4"]) == 0
+    assert "finished training" not in capsys.readouterr().out + (copied.run.folder / "README.md").read_text()
+    file.write_text(json.dumps(progress | {"epoch": 0}))
+    assert siman(["export", str(copied.run.folder), "--images", "4"]) == 0
+    assert "is at binary epoch 0 of" in capsys.readouterr().out
+    assert (
+        "not the weights of a finished training: it was at binary epoch 0 of"
+        in (copied.run.folder / "README.md").read_text()
+    )
+
+
 def test_a_file_of_other_classes_in_a_runs_folder(copied: Life, capsys: pytest.CaptureFixture[str]) -> None:
     """Its numbers would mean nothing on the run's data."""
     file = read_onnx(copied.onnx)

@@ -132,6 +132,7 @@ def resume(output: Path, *extra: str) -> list[str]:
     return ["convert", "--resume", str(output / "run"), "--device", "cpu", *extra]
 
 
+@pytest.mark.slow
 def test_a_zoo_of_images_trains_and_ends_alike_after_a_kill(
     make_images: Callable[..., Path],
     tmp_path: Path,

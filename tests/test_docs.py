@@ -24,7 +24,7 @@ def test_it_builds_without_a_warning(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.html"))) >= len(PUBLIC)
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", [pytest.param(PUBLIC[0], marks=pytest.mark.slow), *PUBLIC[1:]])  # the first trains
 def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     result = doctest.testmod(importlib.import_module(name))

@@ -43,6 +43,7 @@ def test_json_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["facts"]["ONNX Runtime"].startswith("stock: equal")
 
 
+@pytest.mark.slow
 def test_nothing_private_is_told(tmp_path: Path) -> None:
     """A user called jane, with secrets in her environment, a run folder and a cache in her home."""
     home = tmp_path / "home" / "jane-doe"
@@ -80,6 +81,7 @@ def broken(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "what"),
     [

@@ -313,6 +313,7 @@ def test_export_folds_everything_behind_a_binary_convolution(exported: Exported)
     assert "18 of 18 operators equal" in printed("verify", str(exported.files[-1]), "--images", "16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "folded", "left"),
     [

@@ -68,6 +68,7 @@ def kill_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_bits(digits: Path, tmp_path: Path, uninterrupted: Run) -> None:
     seed = int(os.environ.get("SIMAN_KILL_SEED", "1"))
     chance = random.Random(seed)
@@ -94,6 +95,7 @@ def test_killed_runs_resume_to_the_same_bits(digits: Path, tmp_path: Path, unint
     assert [path.name for path in run_folder.rglob(".tmp-*")] == []
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_cleanly_and_names_the_command_that_resumes(
     digits: Path, tmp_path: Path, uninterrupted: Run
 ) -> None:
@@ -131,6 +133,7 @@ def test_output_is_one_line_an_epoch_when_not_a_terminal(digits: Path, tmp_path:
     assert len(lines) == 6
 
 
+@pytest.mark.slow
 def test_a_signal_within_an_evaluation_saves_what_was_trained(
     digits: Path, tmp_path: Path, uninterrupted: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

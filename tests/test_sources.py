@@ -133,6 +133,7 @@ def test_a_stream_of_too_few_shards_is_an_error_and_not_a_hang(shards: Path) -> 
         batches(4)
 
 
+@pytest.mark.slow
 def test_a_data_set_of_hugging_face(parquet: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(command(tmp_path, f"hfds/{parquet}")) == 0
     run = Run(tmp_path / "run")

@@ -178,6 +178,7 @@ def test_a_run_goes_through_its_stages(staged: Run, capsys: pytest.CaptureFixtur
     assert "finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [13, 23])  # of 10 an epoch: within the activations' epoch, and within the binary ones
 def test_a_run_killed_within_a_stage_resumes_to_the_same_bits(
     step: int,
@@ -199,6 +200,7 @@ def test_a_run_killed_within_a_stage_resumes_to_the_same_bits(
     assert outcome(run) == outcome(staged)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["siman_convert.conversion._next_stage", "siman_convert.train.Phase.conclude"])
 def test_a_run_killed_between_stages_resumes_to_the_same_bits(
     place: str, digits: Path, tmp_path: Path, staged: Run, monkeypatch: pytest.MonkeyPatch

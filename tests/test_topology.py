@@ -490,6 +490,7 @@ def test_convert_export_verify_resume(
     assert run.weights("last").read_bytes() == weights
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_the_middle(digits: Path, tmp_path: Path) -> None:
     """Stopped after its conversion, it ends with the bits of one that was not."""
     for name in ("whole", "stopped"):

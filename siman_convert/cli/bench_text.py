@@ -180,8 +180,8 @@ def _layer_cells(layer: Layer, layers: LayerTimes) -> tuple[str, ...]:
 def _profiler_line(found: Benchmark) -> str:
     layers, unprofiled = found.layers, found.contests[0].results[0].timing.median_ms
     return (
-        f"Medians of ONNX Runtime's profiler, operators {milliseconds(layers.operators_ms)} of a run's "
-        f"{milliseconds(layers.run_ms)}; unprofiled a run takes {milliseconds(unprofiled)}."
+        f"Medians of ONNX Runtime's profiler, which slows every operator: {milliseconds(layers.operators_ms)} in operators of "
+        f"a run's {milliseconds(layers.run_ms)}; a run without it takes {milliseconds(unprofiled)}."
     )
 
 

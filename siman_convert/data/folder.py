@@ -70,9 +70,9 @@ def read(root: Path, val_split: float | None, seed: int) -> tuple[tuple[str, ...
     if not has_train:
         if not any(_holds_images(Path(entry)) for entry in _subfolders(root)):
             return None
-        return _cut(root, val_split, seed, f"{shown}: a folder of classes without train/ and val/", _sibling(root))
+        return _cut(root, val_split, seed, f"{shown}: a folder of classes; {_wanted(root)}")
     if val_name is None:
-        return _cut(root / "train", val_split, seed, f"{shown}: has train/ but no {'/, '.join(VAL_NAMES)}/")
+        return _cut(root / "train", val_split, seed, f"{shown}: has train/ but no {'/, '.join(VAL_NAMES)}/; add one")
     if val_split is not None:
         raise InputError(f"{shown}: has its own {val_name}/; leave out --val-split, or give {shown}/train")
     train_classes, train = scan(root / "train", "train")
@@ -82,22 +82,20 @@ def read(root: Path, val_split: float | None, seed: int) -> tuple[tuple[str, ...
     return tuple(printable(name) for name in train_classes), train, val
 
 
-def _cut(
-    root: Path, val_split: float | None, seed: int, what: str, hint: str = ""
-) -> tuple[tuple[str, ...], FolderSplit, FolderSplit]:
+def _cut(root: Path, val_split: float | None, seed: int, what: str) -> tuple[tuple[str, ...], FolderSplit, FolderSplit]:
     if val_split is None:
-        raise InputError(
-            f"{what}; {hint}add such a split, or hold out 10 % of each class for evaluation with --val-split 0.1"
-        )
+        raise InputError(f"{what}, or hold out 10 % of each class for evaluation with --val-split 0.1")
     classes, whole = scan(root, "train")
     train, val = stratified(whole.labels, val_split, seed)
     return tuple(printable(name) for name in classes), whole.take("train", train), whole.take("val", val)
 
 
-def _sibling(root: Path) -> str:
-    """What to say where the split itself was named, not the folder that holds both."""
+def _wanted(root: Path) -> str:
+    """What to do about a folder of classes; something else where the split was named, not the folder that holds both."""
     beside = [name for name in VAL_NAMES if root.name == "train" and (root.parent / name).is_dir()]
-    return f"{beside[0]}/ lies beside it: give {printable(str(root.parent))}, or " if beside else ""
+    return (
+        f"{beside[0]}/ lies beside it: give {printable(str(root.parent))}" if beside else "sort it into train/ and val/"
+    )
 
 
 def _difference(shown: str, val_name: str, train: list[str], val: list[str]) -> str:

@@ -34,7 +34,9 @@ def test_images_at_any_depth_and_of_common_kinds_hidden_ones_left_out(make_folde
 
 def test_one_folder_of_classes_is_cut_alike_every_time(make_folder):
     root = make_folder({"a": 10, "b": 20, "c": 1})
-    with pytest.raises(InputError, match=r"a folder of classes without train/ and val/; add one, or --val-split 0.1"):
+    with pytest.raises(
+        InputError, match=r"a folder of classes; sort it into train/ and val/, or hold out .* --val-split 0.1"
+    ):
         open_source(str(root))
     first, again, other = (open_source(str(root), val_split=0.25, seed=seed) for seed in (3, 3, 4))
     assert first.val.paths == again.val.paths != other.val.paths
@@ -45,9 +47,17 @@ def test_one_folder_of_classes_is_cut_alike_every_time(make_folder):
 
 def test_train_without_val_is_cut_as_well(make_folder):
     root = make_folder({"train/a": 5, "train/b": 5})
-    with pytest.raises(InputError, match=r"has train/ but no val/, validation/, test/; add one, or --val-split 0.1"):
+    with pytest.raises(
+        InputError, match=r"has train/ but no val/, validation/, test/; add one, or hold out 10 % .* --val-split 0.1"
+    ):
         open_source(str(root))
     assert len(open_source(str(root), val_split=0.2).val) == 2
+
+
+def test_the_train_split_alone_is_met_with_its_parent(make_folder):
+    root = make_folder({"train/a": 2, "train/b": 2, "val/a": 1, "val/b": 1})
+    with pytest.raises(InputError, match=rf"train: a folder of classes; val/ lies beside it: give {root}, or hold out"):
+        open_source(str(root / "train"))
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.1, float("nan")])

@@ -95,6 +95,7 @@ def test_names_that_end_scripts_are_text(content: Content, tmp_path: Path) -> No
     assert f'data-drawn="{len(FIGURES)}"' in dom
 
 
+@pytest.mark.slow
 def test_pngs_of_every_figure(copied: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "new" / "figures"
     assert (
