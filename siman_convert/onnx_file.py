@@ -113,6 +113,7 @@ def _parse(data: bytes) -> OnnxFile:
     description, variant = _metadata(found[0])
     _check_tensors(model)
     _check_operators(model)
+    _check_others(model)
     return OnnxFile(model, description, variant, data)
 
 
@@ -190,6 +191,34 @@ def _check_operators(model: onnx.ModelProto) -> None:
                     raise InputError(f"the function {DOMAIN}.{node.op_type} is missing or there twice; export it again")
             except InputError as error:
                 raise InputError(f"{node.name or 'unnamed node'}: {error}") from None
+
+
+def _check_others(model: onnx.ModelProto) -> None:
+    """Every other node, those of functions and subgraphs too, is one of standard ONNX's."""
+    for node in _all_nodes(model):
+        known = node.op_type in _OPERATORS if node.domain == DOMAIN else _is_standard(node)
+        if not known:
+            what = one_line(f"{node.domain or 'ONNX'}.{node.op_type}")
+            raise InputError(
+                f"{node.name or 'unnamed node'}: no operator {what} is known; siman writes ONNX's own and {DOMAIN}'s"
+            )
+
+
+def _is_standard(node: onnx.NodeProto) -> bool:
+    try:
+        return bool(onnx.defs.has(node.op_type, node.domain)) and node.domain in ("", "ai.onnx")
+    except (TypeError, UnicodeError):  # names that are not UTF-8 come as bytes
+        return False
+
+
+def _all_nodes(message: Any) -> Iterator[onnx.NodeProto]:
+    """Every node of a protobuf message; no subgraph is passed over."""
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            for part in value if field.is_repeated else (value,):
+                if isinstance(part, onnx.NodeProto):
+                    yield part
+                yield from _all_nodes(part)
 
 
 def _check_operator(node: onnx.NodeProto, tensors: dict[str, onnx.TensorProto]) -> None:

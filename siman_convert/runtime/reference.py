@@ -41,7 +41,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
 from siman_convert.bits import check_packed
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, one_line
 from siman_convert.onnx_op import DOMAIN, OP_NAME, VERSION, output_size
 from siman_convert.onnx_quantized_op import MAX_CODE, MAX_TAPS, MAX_WEIGHT, QUANTIZED_OP
 
@@ -372,9 +372,12 @@ def evaluator(model_or_path: onnx.ModelProto | str | Path) -> ReferenceEvaluator
         raise InputError(f"the model needs {DOMAIN} operators of version {versions[DOMAIN]}, this siman has {VERSION}")
     # The evaluator does not hand its operators down to functions: inline the others, and drop the bodies of ours.
     ours = [(DOMAIN, OP_NAME), (DOMAIN, QUANTIZED_OP)]
-    model = onnx.inliner.inline_selected_functions(model, ours, exclude=True)
-    del model.functions[:]
-    return ReferenceEvaluator(model, new_ops=[BinaryConv2d, QuantizedConv2d])
+    try:
+        model = onnx.inliner.inline_selected_functions(model, ours, exclude=True)
+        del model.functions[:]
+        return ReferenceEvaluator(model, new_ops=[BinaryConv2d, QuantizedConv2d])
+    except Exception as error:  # whatever a strange graph leads to: their errors share no class
+        raise InputError(f"the reference cannot run this graph: {one_line(str(error))}") from error
 
 
 def _read(path: Path) -> onnx.ModelProto:

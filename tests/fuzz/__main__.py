@@ -43,7 +43,7 @@ def main() -> None:
     found = SCRATCH / "corpus"  # what reaches new code goes into the first folder named
     found.mkdir()
     limits = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=16384"]
-    report = ["-print_final_stats=1", "-close_fd_mask=1", f"-artifact_prefix=fuzz-{reader}-"]
+    report = ["-print_final_stats=1", f"-artifact_prefix=fuzz-{reader}-"]
     atheris.Setup([sys.argv[0], *limits, *report, str(found), str(SEEDS / reader)], READERS[reader])
     atheris.Fuzz()
 

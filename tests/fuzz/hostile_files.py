@@ -190,6 +190,10 @@ ONNX: Mapping[str, Bytes] = {
     "type that is none": graph(lambda model: setattr(model.graph.initializer[0], "data_type", 999)),
     "operator of ours that is none": graph(lambda model: setattr(_binary(model), "op_type", "RunThis")),
     "operator that is none": graph(lambda model: setattr(model.graph.node[-1], "op_type", "RunThis")),
+    "domain that is none": graph(lambda model: setattr(_binary(model), "domain", "simcn")),
+    "operator that is none, in the function": graph(
+        lambda model: setattr(model.functions[0].node[0], "op_type", "RunThis")
+    ),
     "version 7": graph(lambda model: setattr(model.opset_import[-1], "version", 7)),
     "strides of 2**62": _attribute("strides", [2**62, 2**62]),
     "strides of 0": _attribute("strides", [0, 0]),
