@@ -38,6 +38,7 @@ from siman_convert.onnx_int8 import quantize_rest
 from siman_convert.onnx_int8_plan import Quantization
 from siman_convert.onnx_preprocess import add_preprocess
 from siman_convert.packed import load, round_to_half, save_packed
+from siman_convert.plans import at_size
 from siman_convert.publishing import push, require_pushable
 from siman_convert.runs import require_usable
 from siman_convert.subjects import Subject, Which, open_subject
@@ -123,7 +124,7 @@ def export(
     description = description_of(built.packed)
     with torch.device("meta"):
         skeleton = create(description.architecture, len(description.classes))
-    costs = plan_costs(skeleton, description.plan)
+    costs = plan_costs(skeleton, at_size(description.plan, skeleton, description.preprocess.input_size))
 
     def card_of(files: Sequence[File]) -> str:
         return model_card(Facts(files, description, built.variant, costs, built.change, verification, subject.run))

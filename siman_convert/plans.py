@@ -4,7 +4,10 @@ The rules look at the shape-tracing forward (`trace.py`) and at the modules, nev
 decides: what the user asked for, what the network was designed for, then what gains nothing or costs too much accuracy
 (stem, classifier, depthwise, 1x1 maps, 1x1 shortcuts), then what the layer cannot stand in for yet; every other
 convolution is binarized.
-The plan is made at the model's native input size, so it does not depend on the images at hand.
+The plan is made at the input size that the network is to train and run at; the model's native one where none is given.
+Small images alone keep nothing in full precision: maps that are 1x1 only because of them belong to a network's last stages, which
+hold most of its weights (ResNet-18 at 32x32 would keep 91 % of its bytes). So a convolution is one of a 1x1 map where it is
+one at the given size and at the native one: a gate is at both, whatever the images.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, cached_property
 from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,7 +29,7 @@ from torch import nn
 from siman_convert.errors import InputError
 from siman_convert.timm_convs import CONVOLUTIONS, is_understood
 from siman_convert.topology import Topology, decide_topology
-from siman_convert.trace import Trace, image_readers, shortcut_convs, trace
+from siman_convert.trace import Call, Trace, image_readers, shortcut_convs, trace
 
 Count = Annotated[int, Field(ge=0)]
 Pair = tuple[Count, Count]
@@ -109,8 +112,9 @@ def make_plan(
 ) -> Plan:
     """Decide for every convolution of `model`; `keep` and `binarize` are globs on module names and go before all rules.
 
-    `input_size` (C, H, W) defaults to the size in the model's timm configuration. A model may have an attribute
-    `binary_by_design`, glob -> whether, which goes before the rules, too; what cannot be binary is left to them.
+    `input_size` (C, H, W): what it trains and runs at, by default the size in the model's timm configuration. A model may
+    have an attribute `binary_by_design`, glob -> whether, which goes before the rules, too; what cannot be binary is left
+    to them.
     `shortcuts`, `prelu` and `shifts` ask for what `topology` decides.
     """
     size = input_size or native_input_size(model)
@@ -139,6 +143,15 @@ def make_plan(
     return Plan(name or type(model).__name__, size, tuple(decisions), topology)
 
 
+def at_size(plan: Plan, model: nn.Module, input_size: Size) -> Plan:
+    """The same decisions with the shapes on images of `input_size`: earlier versions planned at the model's native size."""
+    if plan.input_size == input_size:
+        return plan
+    graph = trace(model, input_size)
+    decisions = tuple(replace(decision, **_seen(decision.name, graph)) for decision in plan.decisions)
+    return replace(plan, input_size=input_size, decisions=decisions)
+
+
 def native_input_size(model: nn.Module) -> Size:
     """(C, H, W) the model was made for, from timm's configuration; C follows the model (`in_chans=1`)."""
     config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
@@ -160,6 +173,7 @@ def native_input_size(model: nn.Module) -> Size:
 class _Facts:
     """What the rules need to know of the whole model."""
 
+    model: nn.Module
     graph: Trace
     classifiers: frozenset[int]  # ids of modules
     readers: frozenset[str]
@@ -173,7 +187,16 @@ class _Facts:
         heads = head if isinstance(head, tuple | list) else [head]
         held = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
         found = frozenset(id(module) for module in heads if isinstance(module, nn.Conv2d))
-        return cls(graph, found, image_readers(graph), shortcut_convs(graph), held)
+        return cls(model, graph, found, image_readers(graph), shortcut_convs(graph), held)
+
+    @cached_property
+    def native(self) -> Trace:
+        """The forward at the model's own size; the one there is where it says none, or cannot run at it."""
+        try:
+            size = native_input_size(self.model)
+            return self.graph if size == self.graph.input_size else trace(self.model, size)
+        except InputError:
+            return self.graph
 
 
 _Rule = Callable[[str, nn.Conv2d, _Facts], str | None]
@@ -211,11 +234,17 @@ def _depthwise(_path: str, conv: nn.Conv2d, _facts: _Facts) -> str | None:
 
 
 def _no_map(path: str, conv: nn.Conv2d, facts: _Facts) -> str | None:
-    maps = {call.input_shape[-2:] for call in facts.graph.calls[path]}
+    reason = _covers(conv, facts.graph.calls[path])
+    return reason if reason and _covers(conv, facts.native.calls.get(path, ())) else None
+
+
+def _covers(conv: nn.Conv2d, calls: Sequence[Call]) -> str | None:
+    """Why there is no map to slide over in any of these calls."""
+    maps = {call.input_shape[-2:] for call in calls}
     if maps == {(1, 1)}:
         return "input map is 1x1"
     kh, kw = (d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True))
-    if all(kh >= h and kw >= w for h, w in maps):
+    if maps and all(kh >= h and kw >= w for h, w in maps):
         return f"{_by(conv.kernel_size)} kernel covers its {_by(max(maps))} input"
     return None
 
@@ -277,8 +306,6 @@ def _by(sides: tuple[int, ...]) -> str:
 
 
 def _decision(path: str, conv: nn.Conv2d, binarize: bool, reason: str, graph: Trace) -> ConvDecision:
-    calls = graph.calls.get(path, ())
-    largest = max(calls, key=lambda call: call.input_shape[-2] * call.input_shape[-1], default=None)
     padding: Any = conv.padding if isinstance(conv.padding, str) else _pair(conv.padding)
     return ConvDecision(
         name=path,
@@ -292,10 +319,19 @@ def _decision(path: str, conv: nn.Conv2d, binarize: bool, reason: str, graph: Tr
         dilation=_pair(conv.dilation),
         groups=conv.groups,
         bias=conv.bias is not None,
-        input_shape=None if largest is None else _chw(largest.input_shape),
-        output_shape=None if largest is None else _chw(largest.output_shape),
-        calls=len(calls),
+        **_seen(path, graph),
     )
+
+
+def _seen(path: str, graph: Trace) -> dict[str, Any]:
+    """What a decision says of a convolution's calls."""
+    calls = graph.calls.get(path, ())
+    largest = max(calls, key=lambda call: call.input_shape[-2] * call.input_shape[-1], default=None)
+    return {
+        "input_shape": None if largest is None else _chw(largest.input_shape),
+        "output_shape": None if largest is None else _chw(largest.output_shape),
+        "calls": len(calls),
+    }
 
 
 def _pair(values: Sequence[int]) -> Pair:

@@ -22,7 +22,7 @@ from siman_convert.environment import describe_environment
 from siman_convert.errors import InputError
 from siman_convert.models import LoadedModel, create, load_model, usual_weights
 from siman_convert.objective import attention_distance, stage_outputs
-from siman_convert.plans import Plan, make_plan
+from siman_convert.plans import Plan, at_size, make_plan, native_input_size
 from siman_convert.recipe import Recipe
 from siman_convert.runs import Run, RunInfo
 from siman_convert.schedule import Span
@@ -89,6 +89,7 @@ def check_job(model: str, data: str, recipe: Recipe, weights: str | None, worker
     plan = make_plan(
         loaded.module,
         name=model,
+        input_size=preprocess.input_size,
         keep=recipe.keep,
         binarize=recipe.binarize,
         shortcuts=recipe.shortcuts,
@@ -98,7 +99,7 @@ def check_job(model: str, data: str, recipe: Recipe, weights: str | None, worker
     if not plan.binarized:
         raise InputError(
             f"{model}: none of its {len(plan.decisions)} convolutions can be binarized; "
-            f"`siman inspect {model}` gives the reason of each"
+            f"`siman inspect {model}{_size_flag(plan, loaded.module)}` gives the reason of each"
         )
     teacher = _named_teacher(recipe, len(source.classes), preprocess)
     job = _assemble(loaded, source, preprocess, plan, recipe, workers, teacher)
@@ -134,11 +135,17 @@ def check_resumed_job(run: Run, workers: int, watcher: Watcher) -> Job:
         loaded = LoadedModel(create(info.model, len(info.classes)), info.model, info.weights, info.new_head)
     preprocess = Preprocess.from_dict(info.preprocess)
     teacher = _named_teacher(recipe, len(info.classes), preprocess, run)
-    job = _assemble(loaded, source, preprocess, run.plan(), recipe, workers, teacher)
+    plan = at_size(run.plan(), loaded.module, preprocess.input_size)
+    job = _assemble(loaded, source, preprocess, plan, recipe, workers, teacher)
     _report_plan(job, watcher)
     _require_stages(job)
     _report_teacher(job, watcher)
     return job
+
+
+def _size_flag(plan: Plan, model: nn.Module) -> str:
+    """What `siman inspect MODEL` needs to show this plan."""
+    return "" if plan.input_size == native_input_size(model) else f" --img-size {plan.input_size[1]}"
 
 
 def _require_same_images(source: Source, info: RunInfo) -> None:

@@ -51,6 +51,8 @@ Published = Literal["last", "best", "full-precision"]
 FORMAT = 2  # of run.json and the state; raised when a reader of the old one would be wrong
 MAX_JSON_BYTES = 64 << 20  # class names of the largest data sets fit many times over
 PUBLISHED = ("metrics.jsonl", *(f"{name}.safetensors" for name in ("best", "last", "full-precision", "teacher")))
+LOCK = ".lock"
+LOOKING = 0.5  # seconds; who only looks whether a run is being trained holds it for much less
 EVALUATED = "evaluated.safetensors"  # in a state: the weights whose metrics the last record holds
 
 
@@ -231,10 +233,10 @@ class Run:
         if not wanted:
             yield
             return
-        lock = FileLock(self.folder / ".lock")
+        lock = FileLock(self.folder / LOCK)
         try:
             with disk_errors(self.folder):
-                lock.acquire(timeout=patience)
+                lock.acquire(timeout=max(patience, LOOKING))
         except Timeout:
             raise InputError(
                 f"{self.folder} is being trained by another process; wait for it, or stop it first"
@@ -243,6 +245,20 @@ class Run:
             yield
         finally:
             lock.release()
+
+    def in_training(self) -> bool:
+        """Whether a process holds the run; False as well where nobody may write, and so nobody can ask."""
+        if not (self.folder / LOCK).is_file():  # asking would make one
+            return False
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return True
+        except OSError:
+            return False
+        lock.release()
+        return False
 
     def draft_state(self) -> Path:
         """Where the next state is to be written before `commit`; the same path in every process."""

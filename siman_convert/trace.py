@@ -113,7 +113,7 @@ def trace(model: nn.Module, input_size: tuple[int, int, int]) -> Trace:
     c, h, w = input_size
     why = " ".join(str(error).split())[:160] or type(error).__name__
     raise InputError(
-        f"{type(model).__name__} cannot run on an image of {c}x{h}x{w} ({why}); give the input size it was made for"
+        f"{type(model).__name__} cannot run on an image of {c}x{h}x{w} ({why}); give the size it was made for (--img-size)"
     ) from error
 
 

@@ -93,14 +93,62 @@ def test_eval_without_a_name_takes_the_newest_run(
 def test_runs_lists_it(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert siman(["runs", "--output", str(finished.folder.parent), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)["runs"]
-    assert (row["name"], row["finished"], row["epochs_done"]) == ("one", True, 2)
+    assert (row["name"], row["status"], row["finished"], row["epochs_done"]) == ("one", "done", True, 2)
     assert row["full_precision_top1"] == finished.metrics()[0]["top1"]
+
+
+def statuses(output: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Of every run by name, as people read it."""
+    capsys.readouterr()
+    assert siman(["runs", "--output", str(output)]) == 0
+    _, titles, *lines = capsys.readouterr().out.splitlines()
+    place, end = titles.index("status"), titles.index("precision")
+    assert not [line for line in lines if line != line.rstrip()]
+    return {line.split()[0]: line[place:end].strip() for line in lines}
+
+
+def test_runs_tells_what_trains_from_what_is_done(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished.folder, tmp_path / "one")
+    shutil.copytree(finished.folder, tmp_path / "two")
+    (tmp_path / "two" / "run.json").write_text("{}")
+    (tmp_path / "two" / ".lock").unlink()
+    run = Run(tmp_path / "one")
+    with run.locked():
+        assert statuses(tmp_path, capsys)["one"] == "running, epoch 2 of 2"
+        assert siman(["runs", "--output", str(tmp_path), "--json"]) == 0
+        rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["runs"]}
+        assert (rows["one"]["status"], rows["two"]["status"]) == ("running", "unreadable")
+    assert statuses(tmp_path, capsys)["one"] == "done"
+    assert not (tmp_path / "two" / ".lock").exists()  # looking makes none
+
+
+@pytest.mark.parametrize("width", [80, None])
+def test_runs_cuts_no_name(
+    finished: Run,
+    width: int | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name = "mobilenetv3_small_050-a-folder-of-photos-20261123-124724"
+    shutil.copytree(finished.folder, tmp_path / name)
+    for file in ("model.onnx", "model.safetensors"):
+        (tmp_path / name / file).write_bytes(b"12345678" * 10000)
+    monkeypatch.setattr("siman_convert.cli.lines.terminal_width", lambda: width)
+    assert siman(["runs", "--output", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line != line.rstrip() or len(line) > (width or 200)]
+    assert [line.startswith(name) for line in lines].count(True) == 1
+    for file in ("model.onnx", "model.safetensors"):
+        assert [line.endswith(f"{file} 0.08 MB") for line in lines].count(True) == 1
 
 
 def test_inspect_a_run_and_a_model(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert siman(["inspect", str(finished.folder), "--json"]) == 0
     of_run = json.loads(capsys.readouterr().out)
-    assert siman(["inspect", "test_resnet", "--num-classes", "10", "--json"]) == 0
+    assert siman(["inspect", "test_resnet", "--num-classes", "10", "--img-size", "32", "--json"]) == 0
     of_model = json.loads(capsys.readouterr().out)
     assert of_run == of_model
     assert siman(["inspect", "test_resnet", "--keep", "layer1.*"]) == 0
@@ -490,7 +538,10 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights(
     run = Run(tmp_path / "nan")
     weights = safetensors.torch.load_file(run.weights("last"))
     assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
-    assert "finished" not in capsys.readouterr().out
+    assert statuses(tmp_path, capsys) == {"nan": "stopped at epoch 0 of 2"}
+    assert siman(["runs", "--output", str(tmp_path), "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["runs"]
+    assert (row["status"], row["finished"]) == ("stopped", False)
 
 
 def test_out_of_memory_names_a_batch_size(

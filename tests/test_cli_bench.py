@@ -12,8 +12,7 @@ from typing import Any
 
 import onnxruntime
 import pytest
-import torch
-from exported_run import BINARY, Life, graphs_once, life  # noqa: F401  fixtures
+from exported_run import BINARY, Life, graphs_once, life, printed  # noqa: F401  fixtures
 from packed_models import export, one_thread, packed_model  # noqa: F401  a fixture
 
 from siman_convert.benchmark import comparison
@@ -22,10 +21,8 @@ from siman_convert.benchmark.comparison import Contest, Result
 from siman_convert.benchmark.rounds import Ratio, Timing
 from siman_convert.cli import run as siman
 from siman_convert.cli.bench_text import milliseconds, times, verdict_lines
-from siman_convert.costs import plan_costs
 from siman_convert.description import description_of
-from siman_convert.models import create
-from siman_convert.onnx_file import Variant, read_onnx, seal
+from siman_convert.onnx_file import Variant, seal
 from siman_convert.onnx_preprocess import add_preprocess
 from siman_convert.packed import save_packed
 from siman_convert.runtime import native
@@ -131,7 +128,7 @@ def check_footprints(footprints: list[dict[str, Any]], files: Path) -> None:
 
 
 def check_layers(layers: dict[str, Any], file: Path) -> None:
-    """MACs are those that `siman inspect` counts at this input size."""
+    """MACs are those that `siman inspect` counts."""
     assert (layers["threads"], layers["batch_size"]) == (1, 1)
     assert sum(row["share"] for row in layers["rows"]) == pytest.approx(1)
     assert sum(row["microseconds"] for row in layers["rows"]) == pytest.approx(1e3 * layers["operators_ms"])
@@ -139,15 +136,17 @@ def check_layers(layers: dict[str, Any], file: Path) -> None:
     assert all(a >= b for a, b in pairwise(others))
     if native.variant() is None:
         return
-    with torch.device("meta"):
-        model = create("test_resnet", CLASSES)
-    plan = replace(read_onnx(file).description.plan, input_size=SIZE)
-    costs = {row.name: row.binary_macs for row in plan_costs(model, plan).rows if row.binary_macs}
     binary = [row for row in layers["rows"] if row["kind"] == "binary"]
-    assert {row["name"]: row["macs"] for row in binary} == costs
+    assert {row["name"]: row["macs"] for row in binary} == inspected_macs(file)
     for row in binary:
         assert row["macs_per_second"] == pytest.approx(row["macs"] / row["microseconds"] * 1e6)
         assert row["ceiling_share"] == pytest.approx(row["macs_per_second"] / layers["ceiling_macs_per_second"])
+
+
+def inspected_macs(subject: Path) -> dict[str, int]:
+    """1-bit MACs of every binary convolution, as `siman inspect` gives them."""
+    rows = json.loads(printed("inspect", str(subject), "--json"))["layers"]
+    return {row["name"]: row["binary_macs"] for row in rows if row["binary_macs"]}
 
 
 def test_text(files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +186,11 @@ def test_the_newest_run_and_its_last_weights(
     monkeypatch.setattr(comparison, "_write_binary", spy)
     monkeypatch.setattr(comparison, "_contestants", lambda binary, *_rest: ([binary], []))
     for flags in ([], ["--last"]):
-        assert document(capsys, *flags, "--threads", "1")["subject"] == f"runs/{life.run.name}"
+        found = document(capsys, *flags, "--threads", "1")
+        assert found["subject"] == f"runs/{life.run.name}"
+        if native.variant():
+            macs = {row["name"]: row["macs"] for row in found["layers"]["rows"] if row["macs"]}
+            assert macs == inspected_macs(life.run.folder)
     assert seen == ["best", "last"]
 
 

@@ -116,6 +116,21 @@ def test_help_of_every_command_is_light() -> None:
     assert done.stdout.count("--json") >= len(ARGUMENTS)
 
 
+def test_help_is_plain_text_under_the_options_headings(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in commands():
+        assert siman([*name.split(), "--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"Usage: siman {name} [OPTIONS]")
+        assert lines[-1].startswith("  ")
+        assert all(line.isascii() and line == line.rstrip() for line in lines)
+        headings = [line for line in lines[1:] if line.endswith(":") and not line.startswith(" ")]
+        assert headings[-1] == "Options:"
+        assert len(headings) == len(set(headings))
+        if name == "convert":
+            panels = ["What to convert", "Training (part of the recipe)", "Images (part of the recipe)", "Machine"]
+            assert headings == [f"{heading}:" for heading in ("Arguments", *panels, "Options")]
+
+
 def test_the_overview_fits_a_screen_with_three_examples() -> None:
     environment = {**os.environ, "COLUMNS": "80"}
     done = subprocess.run(

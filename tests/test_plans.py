@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from siman_convert.errors import InputError
-from siman_convert.plans import ConvDecision, Plan, make_plan, native_input_size
+from siman_convert.plans import ConvDecision, Plan, at_size, make_plan, native_input_size
 
 SHORTCUT, STEM, GATE = "1x1 residual shortcut", "stem: reads the image", "input map is 1x1"
 
@@ -72,6 +72,64 @@ def test_gate_on_a_1x1_map() -> None:
 def test_a_map_of_1x1_in_one_of_two_calls_is_no_gate() -> None:
     conv = nn.Conv2d(8, 8, 1)
     assert reasons(behind_stem(conv, nn.AdaptiveAvgPool2d(1), conv))["1"] == ""
+
+
+def sized(native: int, *layers: nn.Module) -> nn.Sequential:
+    """A network that says which size it was made for."""
+    model = behind_stem(*layers)
+    model.pretrained_cfg = {"input_size": (3, native, native)}
+    return model
+
+
+@pytest.mark.parametrize(
+    ("native", "given", "conv", "pool", "shape", "reason"),
+    [
+        (64, 16, nn.Conv2d(8, 8, 3, padding=1), nn.AvgPool2d(16), (8, 1, 1), ""),  # 1x1 for these small images alone
+        (
+            64,
+            16,
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.AvgPool2d(8),
+            (8, 2, 2),
+            "",
+        ),  # likewise, a kernel as large as the map
+        (16, 64, nn.Conv2d(8, 8, 3, padding=1), nn.AvgPool2d(16), (8, 4, 4), ""),  # 1x1 for smaller images than these
+        (16, 64, nn.Conv2d(8, 8, 3, padding=1), nn.AvgPool2d(8), (8, 8, 8), ""),
+        (16, 20, nn.Conv2d(8, 8, 3, padding=1), nn.AvgPool2d(16), (8, 1, 1), GATE),
+        (64, 16, nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), (8, 1, 1), GATE),
+        (16, 64, nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), (8, 1, 1), GATE),
+        (32, 16, nn.Conv2d(8, 8, 7), nn.AdaptiveAvgPool2d(7), (8, 7, 7), "7x7 kernel covers its 7x7 input"),
+    ],
+)
+def test_a_1x1_map_is_one_at_both_sizes(
+    native: int, given: int, conv: nn.Conv2d, pool: nn.Module, shape: tuple[int, int, int], reason: str
+) -> None:
+    model = sized(native, pool, conv)
+    assert reasons(model, (3, given, given))["2"] == reason
+    assert make_plan(model, input_size=(3, given, given)).decisions[1].input_shape == shape
+    of_native = reasons(model, None)["2"]
+    assert (of_native == "") == (reason == "" and native > given)
+
+
+def test_a_network_that_says_no_size_or_a_wrong_one_is_judged_at_the_given_one() -> None:
+    layers = nn.AvgPool2d(16), nn.Conv2d(8, 8, 3, padding=1)
+    assert reasons(behind_stem(*layers), (3, 16, 16))["2"] == GATE
+    assert reasons(sized(8, *layers), (3, 16, 16))["2"] == GATE  # 8x8 leave AvgPool2d(16) nothing
+
+
+def test_a_stored_plan_keeps_its_decisions_at_another_size() -> None:
+    model = sized(16, nn.AvgPool2d(4), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3, padding=1))
+    stored, fresh = make_plan(model), make_plan(model, input_size=(3, 64, 64))
+    assert [d.binarize for d in stored.decisions] == [False, True, False]
+    assert [d.binarize for d in fresh.decisions] == [False, True, True]
+    seen = at_size(stored, model, (3, 64, 64))
+    assert [(d.binarize, d.reason) for d in seen.decisions] == [(d.binarize, d.reason) for d in stored.decisions]
+    assert (seen.input_size, [d.output_shape for d in seen.decisions]) == (
+        fresh.input_size,
+        [d.output_shape for d in fresh.decisions],
+    )
+    assert at_size(seen, model, (3, 16, 16)) == stored
+    assert at_size(stored, model, (3, 16, 16)) is stored
 
 
 def test_one_input_channel() -> None:

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from siman_convert.errors import InputError, SimanError
 from siman_convert.files import disk_errors, replacing, write_json, write_text
@@ -163,3 +165,19 @@ def test_text_files_have_the_users_permissions(tmp_path: Path) -> None:
     plain.touch()
     write_text(ours, "x")
     assert ours.stat().st_mode == plain.stat().st_mode
+
+
+def test_looking_whether_a_run_is_trained_makes_no_lock_and_keeps_nobody_from_it(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    assert not run.in_training()
+    assert not (run.folder / ".lock").exists()
+    with run.locked():
+        assert run.in_training()
+    assert not run.in_training()
+    look = FileLock(run.folder / ".lock", thread_local=False)
+    look.acquire()
+    release = threading.Timer(0.1, look.release)
+    release.start()
+    with run.locked():  # waits for a look to end
+        assert run.in_training()
+    release.join()

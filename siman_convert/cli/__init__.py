@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import traceback
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 from typer.completion import (  # type: ignore[attr-defined, unused-ignore]
@@ -32,6 +32,7 @@ from siman_convert.cli import (
     verify,
 )
 from siman_convert.cli.common import QUIET
+from siman_convert.cli.help import Command
 from siman_convert.errors import SimanError
 from siman_convert.launch import fails_first
 
@@ -46,30 +47,29 @@ EXIT_CODES = "Exit codes: 0 done, 2 wrong usage or input, 3 mismatch found, 1 ot
 QUIETLY, VERBOSELY = ("-q", "--quiet"), ("-v", "--verbose", "--debug")
 
 
-def make_app(rich_help: bool = True) -> typer.Typer:
-    """The commands. rich's help has panels but takes 0.1 s more to import: the overview does without."""
-    mode: Literal["rich"] | None = "rich" if rich_help else None
+def make_app() -> typer.Typer:
+    """The commands. Their help is plain text: rich's takes 0.1 s more to import, and is cut in narrow terminals."""
     completion_init()
     app = typer.Typer(
         name="siman",
         help=HELP,
         epilog=EXIT_CODES,
-        rich_markup_mode=mode,
+        rich_markup_mode=None,
         pretty_exceptions_enable=False,
         add_completion=False,
     )
     app.callback()(options)
-    app.command("convert")(convert.convert)
-    app.command("eval")(evaluate.evaluate)
-    app.command("export")(export.export)
-    app.command("predict")(predict.predict)
-    app.command("verify")(verify.verify)
-    app.command("bench")(bench.bench)
-    app.command("report")(report.report)
-    app.command("inspect")(inspect.inspect)
-    app.command("models")(models.models)
-    app.command("runs")(runs.runs)
-    app.command("doctor")(doctor.doctor)
+    app.command("convert", cls=Command)(convert.convert)
+    app.command("eval", cls=Command)(evaluate.evaluate)
+    app.command("export", cls=Command)(export.export)
+    app.command("predict", cls=Command)(predict.predict)
+    app.command("verify", cls=Command)(verify.verify)
+    app.command("bench", cls=Command)(bench.bench)
+    app.command("report", cls=Command)(report.report)
+    app.command("inspect", cls=Command)(inspect.inspect)
+    app.command("models", cls=Command)(models.models)
+    app.command("runs", cls=Command)(runs.runs)
+    app.command("doctor", cls=Command)(doctor.doctor)
     app.add_typer(recipes.app, name="recipes")
     return app
 
@@ -126,8 +126,7 @@ def run(arguments: list[str]) -> int:
         logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     try:
         arguments = arguments or ["--help"]
-        app = make_app(rich_help=arguments != ["--help"])
-        code = app(arguments, prog_name="siman", standalone_mode=False)
+        code = make_app()(arguments, prog_name="siman", standalone_mode=False)
     except SimanError as error:
         _trace(verbose)
         return _fail(str(error), error.exit_code)

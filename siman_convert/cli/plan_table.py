@@ -2,39 +2,41 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
+from rich.text import Text
 
+from siman_convert.cli.lines import folded, table_lines
 from siman_convert.costs import Costs, LayerCost
 from siman_convert.plans import ConvDecision, Plan
 
 NONE = "-"
+ITSELF = "(the model itself)"
 UNITS = ("", "k", "M", "G", "T", "P")
+TITLES = (
+    ("", "", "", "", "1-bit", "float", "bytes", "bytes"),
+    ("layer", "", "kernel", "output", "MACs", "MACs", "before", "after"),
+)
 
 
-def render_plan(console: Console, plan: Plan, costs: Costs) -> None:
-    """One row for each layer, the totals, and what stays in full precision."""
-    wide = console.width >= 120
-    table = Table(box=None, padding=(0, 2 if wide else 1, 0, 0), pad_edge=False, header_style="bold")
-    name_width = min(max(len(row.name) for row in costs.rows), max(16, console.width - (100 if wide else 76)))
-    table.add_column("layer", overflow="fold", width=name_width)
-    table.add_column("", no_wrap=True)
-    table.add_column("kernel", no_wrap=True)
-    table.add_column("output", no_wrap=True)
-    for title in ("1-bit\nMACs", "float\nMACs", "bytes\nbefore", "bytes\nafter"):
-        table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("why", overflow="fold")
-    for row in costs.rows:
-        table.add_row(*_cells(row, name_width), style="" if row.binarize else "dim")
-    table.add_section()
+def plan_lines(plan: Plan, costs: Costs, width: int | None) -> Iterator[Text]:
+    """One row for each layer, the totals, why what is binary, and what it saves; `width`: see `lines`."""
+    yield Text(f"{plan.model} on an image of {_by(plan.input_size)}", style="bold")
     totals = (costs.binary_macs, costs.float_macs, costs.bytes_before, costs.bytes_after)
-    table.add_row("total", "", "", "", *map(si, totals), style="bold")
-    console.print(f"[bold]{escape(plan.model)}[/] on an image of {_by(plan.input_size)}", highlight=False)
-    console.print(table)
-    console.print(_summary(plan, costs), highlight=False)
+    rows = [*TITLES, *map(_cells, costs.rows), ("total", "", "", "", *map(si, totals))]
+    titles, table = len(TITLES), table_lines(rows, width, right=range(4, 8))
+    yield from (Text(line, style="bold") for line in table[:titles])
+    for row, line in zip(costs.rows, table[titles:], strict=False):
+        text = Text(line, style="" if row.binarize else "dim")
+        text.highlight_regex(r"(?<= )1-bit(?= )", "green")
+        yield text
+    yield Text(table[-1], style="bold")
+    yield Text()
+    yield from (Text(folded(line, width, indent=18)) for line in _reasons(costs))
+    yield Text(folded(_summary(plan, costs), width))
 
 
 def inspect_record(plan: Plan, costs: Costs) -> dict[str, Any]:
@@ -68,29 +70,34 @@ def si(count: int) -> str:
     return f"{value:.{digits}f}{UNITS[power]}"
 
 
-def _cells(row: LayerCost, name_width: int) -> tuple[str, ...]:
-    decision = "1-bit" if row.binarize else "float"
+def _cells(row: LayerCost) -> tuple[str, ...]:
     return (
-        escape(_fold(row.name or "(the model itself)", name_width)),
-        f"[green]{decision}[/]" if row.binarize else decision,
+        row.name or ITSELF,
+        "1-bit" if row.binarize else "float",
         "linear" if row.type == "linear" else _kernel(row.decision) if row.decision else "",
         _by(row.output_shape) if row.output_shape else "",
         si(row.binary_macs) if row.binary_macs else NONE,
         si(row.float_macs) if row.float_macs else NONE,
         si(row.bytes_before) if row.bytes_before else NONE,
         si(row.bytes_after) if row.bytes_after else NONE,
-        escape(row.reason),
     )
 
 
-def _fold(name: str, width: int) -> str:
-    """Break a dotted name behind a dot where it gets too long."""
-    lines = [""]
-    for part in name.split("."):
-        if lines[-1] and len(lines[-1]) + len(part) > width:
-            lines.append("")
-        lines[-1] += f"{part}."
-    return "\n".join(lines).removesuffix(".")
+def _reasons(costs: Costs) -> Iterator[str]:
+    """Each reason once, with the layers that it is the reason of; where no rule keeps a layer, that is how many taps it has."""
+    taps: list[int] = []
+    groups: dict[tuple[bool, str], list[str]] = defaultdict(list)
+    for row in costs.rows:
+        found = re.fullmatch(r"(\d+) taps? a filter", row.reason)
+        if row.binarize and found:
+            taps.append(int(found[1]))
+        else:
+            groups[row.binarize, row.reason].append(row.name or ITSELF)
+    if taps:
+        least, most = min(taps), max(taps)
+        yield f"{'1-bit':<12} {len(taps):>3}  {least if least == most else f'{least} to {most}'} taps a filter"
+    for (binary, reason), names in sorted(groups.items(), key=lambda group: not group[0][0]):
+        yield f"{'1-bit' if binary else 'float':<12} {len(names):>3}  {reason}: {', '.join(names)}"
 
 
 def _kernel(decision: ConvDecision) -> str:
@@ -106,10 +113,9 @@ def _kernel(decision: ConvDecision) -> str:
 def _summary(plan: Plan, costs: Costs) -> str:
     smaller = costs.bytes_before / max(1, costs.bytes_after)
     return (
-        f"[bold]{len(plan.binarized)} of {len(plan.decisions)}[/] convolutions binarized. "
-        f"Left in full precision: [bold]{costs.float_macs_share:.1%}[/] of the MACs, "
-        f"[bold]{costs.float_bytes_share:.1%}[/] of the bytes. "
-        f"Size {si(costs.bytes_before)}B -> [bold]{si(costs.bytes_after)}B[/], {smaller:.1f} times smaller."
+        f"{len(plan.binarized)} of {len(plan.decisions)} convolutions binarized. "
+        f"Left in full precision: {costs.float_macs_share:.1%} of the MACs, {costs.float_bytes_share:.1%} of the bytes. "
+        f"Size {si(costs.bytes_before)}B -> {si(costs.bytes_after)}B, {smaller:.1f} times smaller."
     )
 
 

@@ -47,7 +47,10 @@ def cp(
     target: Annotated[Path, typer.Argument(help="The file to write; must not exist.")],
     as_json: Json = False,
 ) -> None:
-    """Copy a recipe to a file of yours, to change it and use it with --recipe FILE."""
+    """Copy a recipe to a file of yours.
+
+    Change it there, and use it with --recipe FILE.
+    """
     from siman_convert.errors import InputError
     from siman_convert.files import disk_errors, write_text
     from siman_convert.recipe import recipe_text

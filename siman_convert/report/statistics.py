@@ -6,8 +6,9 @@ together for the layer. `half` and `analytic` are always both there: what the la
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +69,9 @@ class Histogram:
 class LayerStatistics:
     """One layer of `filters` filters with `size` weights each. used: how its bits are chosen in this network.
 
-    laplace: location and scale of the Laplacian that fits z best (maximum likelihood). distances: largest gap between the
-    cumulative distribution of z and that of each of SHAPES fitted to it (Kolmogorov-Smirnov), 0 to 1.
+    laplace: location and scale of the Laplacian that fits z best (maximum likelihood). moments: mean and standard deviation of z.
+    distances: largest gap between the cumulative distribution of z and that of each of SHAPES fitted to it
+    (Kolmogorov-Smirnov), 0 to 1.
     """
 
     name: str
@@ -78,6 +80,7 @@ class LayerStatistics:
     used: Selection
     histogram: Histogram
     laplace: tuple[float, float]
+    moments: tuple[float, float]
     distances: dict[str, float]
     bits: dict[Selection, BitStatistics]
 
@@ -87,11 +90,10 @@ class LayerStatistics:
         nearest = min(SHAPES, key=lambda name: self.distances[name])
         return nearest if self.distances[nearest] < FAR else "none of them"
 
-    def laplacian(self) -> Floats:
-        """The density of the fitted Laplacian at the histogram's centres."""
-        location, scale = self.laplace
-        density: Floats = stats.laplace.pdf(self.histogram.centres, location, scale)
-        return density
+    def nearest_density(self) -> Floats | None:
+        """The density of `shape`, as it was fitted, at the histogram's centres; None where it is none of them."""
+        shape = fitted_shapes(self.laplace, self.moments).get(self.shape)
+        return None if shape is None else np.asarray(shape.pdf(self.histogram.centres), dtype=np.float64)
 
 
 def model_statistics(model: nn.Module) -> Iterator[LayerStatistics]:
@@ -105,15 +107,16 @@ def layer_statistics(name: str, rows: Tensor, used: Selection) -> LayerStatistic
     """The statistics of latent weights (C_out, n)."""
     z, _ = standardize(rows.float().cpu())
     sample = _sample(z)
-    location, scale = stats.laplace.fit(sample)
+    laplace, moments = fit(sample)
     return LayerStatistics(
         name=name,
         filters=z.shape[0],
         size=z.shape[1],
         used=used,
         histogram=histogram(z.numpy().ravel()),
-        laplace=(float(location), max(float(scale), 1e-6)),
-        distances=shape_distances(sample),
+        laplace=laplace,
+        moments=moments,
+        distances=shape_distances(sample, fitted_shapes(laplace, moments)),
         bits={selection: bit_statistics(z, selection) for selection in COMPARED},
     )
 
@@ -144,23 +147,27 @@ def histogram(z: npt.NDArray[np.float32]) -> Histogram:
     return Histogram((edges[:-1] + edges[1:]) / 2, counts / (z.size * (edges[1] - edges[0])))
 
 
-def shape_distances(values: Floats) -> dict[str, float]:
-    """Kolmogorov-Smirnov distances of values to SHAPES of their own place and width.
+def fit(values: Floats) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Location and scale of the most likely Laplacian, mean and standard deviation."""
+    location, scale = stats.laplace.fit(values)
+    laplace = float(location), max(float(scale), 1e-6)
+    return laplace, (float(values.mean()), max(float(values.std()), 1e-6))
+
+
+def fitted_shapes(laplace: tuple[float, float], moments: tuple[float, float]) -> dict[str, Any]:
+    """SHAPES with these parameters, as scipy's distributions.
 
     Laplacian and Gaussian by maximum likelihood; the uniform by mean and variance, as its likelihood sees the extremes only.
     """
-    mean, deviation = float(values.mean()), max(float(values.std()), 1e-6)
-    location, scale = stats.laplace.fit(values)
+    mean, deviation = moments
     half_width = np.sqrt(3) * deviation
-    fitted = (
-        stats.laplace(location, max(scale, 1e-6)),
-        stats.norm(mean, deviation),
-        stats.uniform(mean - half_width, 2 * half_width),
-    )
-    return {
-        name: float(stats.ks_1samp(values, shape.cdf, method="asymp").statistic)
-        for name, shape in zip(SHAPES, fitted, strict=True)
-    }
+    fitted = stats.laplace(*laplace), stats.norm(mean, deviation), stats.uniform(mean - half_width, 2 * half_width)
+    return dict(zip(SHAPES, fitted, strict=True))
+
+
+def shape_distances(values: Floats, shapes: Mapping[str, Any]) -> dict[str, float]:
+    """Kolmogorov-Smirnov distances of values to distributions."""
+    return {name: float(stats.ks_1samp(values, shape.cdf, method="asymp").statistic) for name, shape in shapes.items()}
 
 
 def _sample(z: Tensor) -> Floats:

@@ -23,7 +23,7 @@ from siman_convert.report.charts import (
     legend,
     reference,
 )
-from siman_convert.report.statistics import BitStatistics, LayerStatistics, Spread
+from siman_convert.report.statistics import FAR, BitStatistics, LayerStatistics, Spread
 
 BEST_SHARES = {"Laplacian": exp(-1), "Gaussian": 0.54, "uniform": 2 / 3}  # of ones, for the three distributions
 ONE, ZERO = "bit 1, used as +1", "bit 0, used as -1"
@@ -78,7 +78,7 @@ def _histograms(layers: Sequence[LayerStatistics]) -> alt.ConcatChart:
     """All layers beside each other."""
     charts = [
         alt.layer(*_histogram_parts([layer], still=True), data=data(list(_histogram_rows([layer])))).properties(
-            title=layer.name, width=170, height=110
+            title=f"{layer.name}: {layer.shape}", width=170, height=110
         )
         for layer in layers
     ]
@@ -101,31 +101,41 @@ def _histogram_parts(layers: Sequence[LayerStatistics], *, still: bool) -> list[
                 "layer:N",
                 alt.Tooltip("centre:Q", title="weight", format=".2f"),
                 alt.Tooltip("density:Q", format=".3f"),
-                alt.Tooltip("laplacian:Q", format=".3f", title="Laplacian"),
+                alt.Tooltip("curve:Q", format=".3f"),
+                alt.Tooltip("nearest:N"),
             ],
         )
     )
     curve = (
-        alt.Chart(name="ink")
-        .mark_line(strokeWidth=1.5, color=INK)
-        .encode(x="centre:Q", y="laplacian:Q", order="centre:Q")
+        alt.Chart(name="ink").mark_line(strokeWidth=1.5, color=INK).encode(x="centre:Q", y="curve:Q", order="centre:Q")
     )
     rules = alt.Chart(data(list(_threshold_rows(layers)))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x="at:Q")
-    return [bars, curve, rules if still else rules.transform_filter("datum.layer == shown")]
+    return [bars, curve, rules] if still else [bars, curve, *_of_shown(layers, rules)]
+
+
+def _of_shown(layers: Sequence[LayerStatistics], rules: Chart) -> Iterator[Chart]:
+    """What of one chart for all layers is drawn for the chosen one alone: thresholds, and the curve's name."""
+    yield rules.transform_filter("datum.layer == shown")
+    names = alt.Chart(data([{"layer": layer.name, "name": f"nearest: {layer.shape}"} for layer in layers]))
+    place = {"x": alt.value("width"), "y": alt.value(2)}
+    text = names.mark_text(align="right", baseline="top", fontSize=11).encode(text="name:N", **place)
+    yield text.transform_filter("datum.layer == shown")
 
 
 def _histogram_rows(layers: Sequence[LayerStatistics]) -> Iterator[dict[str, Any]]:
     for layer in layers:
         half_width = (layer.histogram.centres[1] - layer.histogram.centres[0]) / 2
-        rows = zip(layer.histogram.centres, layer.histogram.density, layer.laplacian(), strict=True)
-        for centre, density, laplacian in rows:
+        nearest = layer.nearest_density()
+        curve = [None] * len(layer.histogram.centres) if nearest is None else [round(float(y), 4) for y in nearest]
+        for centre, density, height in zip(layer.histogram.centres, layer.histogram.density, curve, strict=True):
             yield {
                 "layer": layer.name,
                 "centre": round(float(centre), 3),
                 "from": round(float(centre - half_width), 3),
                 "to": round(float(centre + half_width), 3),
                 "density": round(float(density), 4),
-                "laplacian": round(float(laplacian), 4),
+                "curve": height,
+                "nearest": layer.shape,
                 "bit": ONE if _is_one(layer, float(centre)) else ZERO,
             }
 
@@ -155,13 +165,13 @@ def _histogram_caption(layers: Sequence[LayerStatistics]) -> str:
     }[used]
     counts = Counter(layer.shape for layer in layers)
     nearest = ", ".join(f"{shape} in {count}" for shape, count in counts.most_common())
+    none = f" (without a curve where all gaps are {FAR} or more)" if "none of them" in counts else ""
     return (
         "Training moves full-precision (latent) weights; the network only ever uses the bit that each of them stands for. "
         f"{rule} Thresholds are each filter's own, the lines their mean. Spikes, where there are any, come from SiMaN's "
-        f"clip, which sets a "
-        f"layer's smallest and largest magnitudes to common values. The curve is the Laplacian that fits best, which is "
-        "what l2 is said to drive weights to. Of Laplacian, Gaussian and uniform the nearest, by the largest gap between the "
-        f"distributions: {nearest} of {len(layers)} layers."
+        "clip, which sets a layer's smallest and largest magnitudes to common values. Of a Laplacian, a Gaussian and a uniform "
+        "distribution, each fitted to the layer, the curve is the nearest, by the largest gap between the cumulative "
+        f"distributions: {nearest} of {len(layers)} layers{none}. A Laplacian is what l2 is said to drive weights to."
     )
 
 

@@ -22,6 +22,7 @@ from siman_convert.report.content import Content, gather
 from siman_convert.report.page import render
 from siman_convert.report.predictions import Predictions
 from siman_convert.report.single import run_page
+from siman_convert.report.statistics import layer_statistics
 from siman_convert.runs import Run
 from siman_convert.subjects import load_run_model, open_run_data
 
@@ -49,6 +50,12 @@ def figures_of(html: str) -> dict[str, Any]:
     return found
 
 
+def rows_of(chart: dict[str, Any], part: dict[str, Any]) -> list[dict[str, Any]]:
+    """The data of a chart, or of one of its layers."""
+    rows: list[dict[str, Any]] = part["data"].get("values") or chart["datasets"][part["data"]["name"]]
+    return rows
+
+
 def test_report_of_a_run_is_drawn_by_chromium_without_a_word_on_the_console(copied: Run, tmp_path: Path) -> None:
     assert siman(["bench", str(copied.folder), "--seconds", "0.001", "--threads", "1"]) == 0
     assert siman(["report", str(copied.folder), "--device", "cpu"]) == 0
@@ -64,6 +71,33 @@ def test_report_of_a_run_is_drawn_by_chromium_without_a_word_on_the_console(copi
         for key, drawn in places:
             assert len(re.findall(r"<path|<text", drawn)) > 10, f"{key} is empty at {width}"
     assert HOSTILE not in html.replace("\\u003c", "<").split("<script", 1)[0]  # in text it is escaped
+
+
+def test_the_curve_is_of_the_distribution_that_the_caption_counts(content: Content) -> None:
+    """One layer of each kind; where none is near, there is no curve."""
+    torch.manual_seed(0)
+    drawn = {
+        "Laplacian": torch.distributions.Laplace(0.0, 1.0).sample((16, 1152)),
+        "Gaussian": torch.randn(16, 1152),
+        "uniform": torch.rand(16, 1152),
+        "none of them": torch.randn(16, 1152).sign() + 0.01 * torch.randn(16, 1152),
+    }
+    layers = tuple(layer_statistics(f"layer of {name}", weights, "half") for name, weights in drawn.items())
+    html = render(run_page(replace(content, layers=layers)))
+    caption = (
+        "Laplacian in 1, Gaussian in 1, uniform in 1, none of them in 1 of 4 layers (without a curve where all gaps are"
+    )
+    assert caption in html
+    chart = figures_of(html)["weights"]
+    rows = rows_of(chart, chart)
+    for name, layer in zip(drawn, layers, strict=True):
+        of_layer = [row for row in rows if row["layer"] == layer.name]
+        middle = of_layer[len(of_layer) // 2]["curve"]  # at 0
+        peak = {"Laplacian": 0.707, "Gaussian": 0.399, "uniform": 0.289, "none of them": None}[name]
+        assert middle == (None if peak is None else pytest.approx(peak, rel=0.03))
+        assert {row["nearest"] for row in of_layer} == {name}
+    texts = [row for part in chart["layer"] if "data" in part for row in rows_of(chart, part) if "name" in row]
+    assert texts == [{"layer": layer.name, "name": f"nearest: {layer.shape}"} for layer in layers]
 
 
 def test_the_page_loads_nothing(copied: Run) -> None:

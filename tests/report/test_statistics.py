@@ -1,6 +1,7 @@
 """The statistics of latent weights against loops that follow their definitions."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from siman_convert.report.statistics import (
     DRAWN,
     bit_statistics,
     entropy,
+    fit,
+    fitted_shapes,
     histogram,
     layer_statistics,
     model_statistics,
@@ -106,9 +109,27 @@ def test_the_laplacian_is_the_most_likely_of_all() -> None:
     best = likelihood(location, scale)
     grid = [(location + a, scale + b) for a in (-0.1, -0.02, 0.02, 0.1) for b in (-0.1, -0.02, 0.0, 0.02, 0.1)]
     assert all(likelihood(*point) < best for point in grid)
-    assert found.laplacian() == pytest.approx(
-        [math.exp(-abs(x - location) / scale) / (2 * scale) for x in found.histogram.centres]
-    )
+
+
+def test_the_curve_is_the_density_of_the_shape_that_is_named() -> None:
+    torch.manual_seed(0)
+    half_width = math.sqrt(3)
+    drawn: dict[str, tuple[Tensor, Callable[[float], float]]] = {
+        "Laplacian": (torch.distributions.Laplace(0.0, 1.0).sample((64, 4608)),
+                      lambda x: math.exp(-abs(x) * math.sqrt(2)) / math.sqrt(2)),
+        "Gaussian": (torch.randn(64, 4608), lambda x: math.exp(-x * x / 2) / math.sqrt(2 * math.pi)),
+        "uniform": (torch.rand(64, 4608), lambda x: 1 / (2 * half_width) if abs(x) < 1.7 else -1.0),
+    }  # fmt: skip
+    for name, (weights, density) in drawn.items():
+        found = layer_statistics("layer", weights, "half")
+        curve = found.nearest_density()
+        assert found.shape == name
+        assert curve is not None
+        pairs = [(y, density(float(x))) for x, y in zip(found.histogram.centres, curve, strict=True)]
+        assert all(y == pytest.approx(expected, abs=0.01) for y, expected in pairs if expected >= 0), name
+    two = torch.randn(64, 4608).sign() + 0.01 * torch.randn(64, 4608)
+    found = layer_statistics("layer", two, "half")
+    assert (found.shape, found.nearest_density()) == ("none of them", None)
 
 
 def test_distances_against_both_sides_of_every_step() -> None:
@@ -118,7 +139,8 @@ def test_distances_against_both_sides_of_every_step() -> None:
     for index, value in enumerate(values):
         expected = float(stats.laplace.cdf(value, location, scale))
         gap = max(gap, abs(expected - index / 300), abs(expected - (index + 1) / 300))
-    assert shape_distances(values)["Laplacian"] == pytest.approx(gap)
+    shapes = fitted_shapes(*fit(values))
+    assert shape_distances(values, shapes)["Laplacian"] == pytest.approx(gap)
 
 
 def test_histogram_counts_what_lies_in_its_bins() -> None:
@@ -138,7 +160,8 @@ def test_constant_filters_have_figures_that_are_numbers(weights: Tensor) -> None
     for bits in found.bits.values():
         for spread in vars(bits).values():
             assert all(math.isfinite(value) for value in vars(spread).values())
-    assert np.isfinite(found.laplacian()).all()
+    curve = found.nearest_density()
+    assert curve is None or np.isfinite(curve).all()
     assert np.isfinite(found.histogram.density).all()
 
 
