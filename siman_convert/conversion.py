@@ -29,10 +29,11 @@ from siman_convert.evaluation import resolve_device
 from siman_convert.files import disk_errors, replacing
 from siman_convert.guards import Stop, one_line_errors, stopping_on_signals
 from siman_convert.models import require_known
+from siman_convert.names import require_usable
 from siman_convert.objective import Objective
 from siman_convert.preparation import Job, check_duration, check_environment, check_export, check_job, check_resumed_job
 from siman_convert.recipe import Recipe
-from siman_convert.runs import Progress, Run, RunInfo, require_usable, run_name
+from siman_convert.runs import Progress, Run, RunInfo, run_name
 from siman_convert.schedule import Span
 from siman_convert.subjects import load_run_model
 from siman_convert.surgery import apply_plan, binary_layers

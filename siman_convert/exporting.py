@@ -30,7 +30,7 @@ from siman_convert.errors import InputError, MismatchError, SimanError
 from siman_convert.files import disk_errors, replacing
 from siman_convert.metrics import AccuracyChange, Metrics, evaluate_model
 from siman_convert.models import create
-from siman_convert.names import SUFFIXES
+from siman_convert.names import SUFFIXES, require_usable
 from siman_convert.onnx_export import build_onnx
 from siman_convert.onnx_file import Variant, parse_onnx, seal
 from siman_convert.onnx_fold import Folding
@@ -40,7 +40,6 @@ from siman_convert.onnx_preprocess import add_preprocess
 from siman_convert.packed import load, round_to_half, save_packed
 from siman_convert.plans import at_size
 from siman_convert.publishing import push, require_pushable
-from siman_convert.runs import require_usable
 from siman_convert.subjects import Subject, Which, open_subject
 from siman_convert.verification import IMAGES, Verification, different_tensors, verification_source, verify_file
 from siman_convert.watch import Watcher

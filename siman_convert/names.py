@@ -4,6 +4,7 @@ A subject is a run, by path or by its name in the folder of runs, or an exported
 """
 
 import os
+import tempfile
 from pathlib import Path
 
 from siman_convert.errors import InputError, printable
@@ -31,6 +32,22 @@ def require_file(path: Path) -> None:
     """Raise InputError where an exported file is not there."""
     if not path.exists():
         raise InputError(f"{path}: no such file; `siman export` writes one")
+
+
+def require_usable(output: Path, experiment: str | None) -> None:
+    """Raise InputError where no folder could be made at `output`, nothing be written into it, or `experiment` names no run."""
+    if experiment is not None and (Path(experiment).name != experiment or experiment.startswith(".")):
+        raise InputError(f"--experiment {experiment!r}: expected a plain name, without slashes")
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise InputError(f"--output {output}: {existing} is a file; expected a folder, or a path to make one at")
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise InputError(
+            f"--output {output}: nothing can be written into {existing} ({why}); choose another folder"
+        ) from None
 
 
 def opened_by_timm(spec: str) -> bool:

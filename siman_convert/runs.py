@@ -17,7 +17,6 @@ import contextlib
 import json
 import re
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -109,6 +108,12 @@ class Progress:
         trained = self.stage == len(stages) - 1 and self.epoch == stages[-1].recipe.epochs
         return self.phase == "binary" and trained and self.best_top1 is not None and final
 
+    def epochs(self, recipe: Recipe) -> tuple[int, int]:
+        """Complete epochs of the full-precision training, or of the binary one with all its stages, and how many it has."""
+        if self.phase == "full-precision":
+            return self.epoch, recipe.fp_epochs
+        return recipe.resolved_stages[self.stage].before + self.epoch, recipe.binary_epochs
+
     def top1(self, phase: str) -> float | None:
         """The newest top-1 of a phase, percent."""
         return next((r["top1"] for r in reversed(self.history) if r["phase"] == phase), None)
@@ -159,10 +164,8 @@ class Run:
         progress, recipe = self.progress(), self.recipe()
         if progress.finished(recipe):
             return None
-        if progress.phase == "full-precision":
-            return f"at full-precision epoch {progress.epoch} of {recipe.fp_epochs}"
-        done = recipe.resolved_stages[progress.stage].before + progress.epoch
-        return f"at binary epoch {done} of {recipe.binary_epochs}"
+        phase = "full-precision" if progress.phase == "full-precision" else "binary"
+        return "at {} epoch {} of {}".format(phase, *progress.epochs(recipe))
 
     def plan(self) -> "Plan":
         from siman_convert.plans import Plan  # torch: `siman runs` does without
@@ -306,22 +309,6 @@ class Run:
 def run_name(model: str, data: str) -> str:
     """`<model>-<data>-<time>`, local time to the second."""
     return f"{model}-{data}-{time.strftime('%Y%m%d-%H%M%S')}"
-
-
-def require_usable(output: Path, experiment: str | None) -> None:
-    """Raise InputError where no folder could be made at `output`, nothing be written into it, or `experiment` names no run."""
-    if experiment is not None and (Path(experiment).name != experiment or experiment.startswith(".")):
-        raise InputError(f"--experiment {experiment!r}: expected a plain name, without slashes")
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise InputError(f"--output {output}: {existing} is a file; expected a folder, or a path to make one at")
-    try:
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise InputError(
-            f"--output {output}: nothing can be written into {existing} ({why}); choose another folder"
-        ) from None
 
 
 def find_run(which: str | Path | None, output: Path) -> Run:

@@ -15,14 +15,7 @@ def runs(output: Output = RUNS, as_json: Json = False) -> None:
     """
     from siman_convert.cli.lines import table_lines, terminal_width
     from siman_convert.errors import InputError
-    from siman_convert.recipe import Recipe
-    from siman_convert.runs import Progress, Run, all_runs
-
-    def epochs_of(progress: Progress, recipe: Recipe) -> dict[str, int]:
-        if progress.phase == "full-precision":
-            return {"epochs_done": progress.epoch, "epochs": recipe.fp_epochs}
-        before = recipe.resolved_stages[progress.stage].before
-        return {"epochs_done": before + progress.epoch, "epochs": recipe.binary_epochs}
+    from siman_convert.runs import Run, all_runs
 
     def describe(run: Run) -> dict[str, Any]:
         try:
@@ -37,7 +30,7 @@ def runs(output: Output = RUNS, as_json: Json = False) -> None:
             "model": info.model,
             "data": info.data_name,
             "phase": progress.phase,
-            **epochs_of(progress, recipe),
+            **dict(zip(("epochs_done", "epochs"), progress.epochs(recipe), strict=True)),
             "finished": finished,
             "full_precision_top1": progress.top1("full-precision"),
             "best_top1": progress.best_top1,
