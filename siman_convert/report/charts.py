@@ -15,6 +15,7 @@ import altair as alt
 INK = "#1c2330"  # on white; the page replaces it
 BLUE, ORANGE, GREEN, GREY = "#4f86e0", "#df7a1c", "#2f9e6e", "#8b929c"
 FULL_PRECISION, BINARY = "full precision", "binary"
+FEW_EPOCHS = 12
 ROW = 17  # pixels a layer has on an axis of layers
 Row = Mapping[str, Any]
 Chart = alt.Chart | alt.LayerChart | alt.FacetChart  # what altair says that its methods give
@@ -41,6 +42,13 @@ def data(rows: Sequence[Row]) -> alt.InlineData:
 
 def colours(names: Sequence[str], values: Sequence[str]) -> alt.Scale:
     return alt.Scale(domain=list(names), range=list(values))
+
+
+def epochs(rows: Sequence[Row], title: str) -> alt.X:
+    """The axis of the rows' epochs: a tick for each of a few, which vega would put between them."""
+    found = sorted({int(row["epoch"]) for row in rows})
+    ticks = {"values": found} if len(found) <= FEW_EPOCHS else {"tickMinStep": 1}
+    return alt.X("epoch:Q", title=title, axis=alt.Axis(format="d", grid=False, **ticks))
 
 
 def legend(*, lines: bool = False, offset: int = 8) -> alt.Legend:

@@ -17,7 +17,7 @@ import numpy as np
 
 from siman_convert.environment import siman_version
 from siman_convert.errors import InputError
-from siman_convert.report.charts import BLUE, ORANGE, Chart, Figure, colours, data, legend
+from siman_convert.report.charts import BLUE, ORANGE, Chart, Figure, colours, data, epochs, legend
 from siman_convert.report.content import Content
 from siman_convert.report.page import Page, Section, Table, Tile
 from siman_convert.report.statistics import LayerStatistics
@@ -245,7 +245,7 @@ def _accuracy(two: Pair) -> Figure:
         alt.Chart(data(rows))
         .mark_line(strokeWidth=2, point=True)
         .encode(
-            x=alt.X("epoch:Q", title="binary epoch", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
+            x=epochs(rows, "binary epoch"),
             y=alt.Y("top1:Q", title="top-1, %", scale=alt.Scale(zero=False)),
             color=alt.Color("run:N", scale=colours(list(two.colours), list(two.colours.values())), legend=legend()),
             tooltip=["run:N", "epoch:Q", alt.Tooltip("top1:Q", format=".2f")],

@@ -90,6 +90,10 @@ class LayerStatistics:
         nearest = min(SHAPES, key=lambda name: self.distances[name])
         return nearest if self.distances[nearest] < FAR else "none of them"
 
+    def laplacian(self) -> Floats:
+        """The density of the fitted Laplacian at the histogram's centres."""
+        return np.asarray(stats.laplace.pdf(self.histogram.centres, *self.laplace), dtype=np.float64)
+
     def nearest_density(self) -> Floats | None:
         """The density of `shape`, as it was fitted, at the histogram's centres; None where it is none of them."""
         shape = fitted_shapes(self.laplace, self.moments).get(self.shape)

@@ -17,6 +17,7 @@ from siman_convert.report.charts import (
     Figure,
     colours,
     data,
+    epochs,
     legend,
     reference,
 )
@@ -49,7 +50,7 @@ def _curves(content: Content, field: str, title: str, line: dict[str, float]) ->
     rows = [row for record in content.history for row in _points(content, record, field)]
     phases = list(dict.fromkeys(row["phase"] for row in rows))
     base = alt.Chart(data(rows)).encode(
-        x=alt.X("epoch:Q", title="epoch", axis=alt.Axis(tickMinStep=1, format="d", grid=False)),
+        x=epochs(rows, "epoch"),
         y=alt.Y("value:Q", title=title, scale=alt.Scale(zero=False, nice=True)),
         color=alt.Color(
             "phase:N", scale=colours(phases, [_COLOURS[phase] for phase in phases]), legend=legend(lines=True)
@@ -122,7 +123,7 @@ def _loss_caption(content: Content) -> str:
 def _flips(content: Content) -> Chart:
     rows = list(_flip_rows(content))
     sizes = {layer.name: layer.filters * layer.size for layer in content.layers}
-    x = alt.X("epoch:Q", title="binary epoch", axis=alt.Axis(tickMinStep=1, format="d", grid=False))
+    x = epochs(rows, "binary epoch")
     y = alt.Y("share:Q", title="bits that changed, %", scale=alt.Scale(type="sqrt"))
     layers = alt.Chart(data(rows)).encode(
         x=x,

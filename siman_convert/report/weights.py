@@ -101,20 +101,23 @@ def _histogram_parts(layers: Sequence[LayerStatistics], *, still: bool) -> list[
                 "layer:N",
                 alt.Tooltip("centre:Q", title="weight", format=".2f"),
                 alt.Tooltip("density:Q", format=".3f"),
-                alt.Tooltip("curve:Q", format=".3f"),
-                alt.Tooltip("nearest:N"),
+                alt.Tooltip("laplacian:Q", format=".3f", title="Laplacian"),
+                alt.Tooltip("nearest:Q", format=".3f", title="nearest"),
             ],
         )
     )
-    curve = (
-        alt.Chart(name="ink").mark_line(strokeWidth=1.5, color=INK).encode(x="centre:Q", y="curve:Q", order="centre:Q")
-    )
+    curves = [
+        alt.Chart(name=f"ink_{name}")
+        .mark_line(strokeWidth=1.5, color=INK, strokeDash=dash)
+        .encode(x="centre:Q", y=f"{name}:Q", order="centre:Q")
+        for name, dash in (("laplacian", [1, 0]), ("nearest", [1, 3]))
+    ]
     rules = alt.Chart(data(list(_threshold_rows(layers)))).mark_rule(color=GREY, strokeDash=[4, 3]).encode(x="at:Q")
-    return [bars, curve, rules] if still else [bars, curve, *_of_shown(layers, rules)]
+    return [bars, *curves, rules] if still else [bars, *curves, *_of_shown(layers, rules)]
 
 
 def _of_shown(layers: Sequence[LayerStatistics], rules: Chart) -> Iterator[Chart]:
-    """What of one chart for all layers is drawn for the chosen one alone: thresholds, and the curve's name."""
+    """What of one chart for all layers is drawn for the chosen one alone: thresholds, and the name of what is nearest."""
     yield rules.transform_filter("datum.layer == shown")
     names = alt.Chart(data([{"layer": layer.name, "name": f"nearest: {layer.shape}"} for layer in layers]))
     place = {"x": alt.value("width"), "y": alt.value(2)}
@@ -126,16 +129,17 @@ def _histogram_rows(layers: Sequence[LayerStatistics]) -> Iterator[dict[str, Any
     for layer in layers:
         half_width = (layer.histogram.centres[1] - layer.histogram.centres[0]) / 2
         nearest = layer.nearest_density()
-        curve = [None] * len(layer.histogram.centres) if nearest is None else [round(float(y), 4) for y in nearest]
-        for centre, density, height in zip(layer.histogram.centres, layer.histogram.density, curve, strict=True):
+        dotted = [None] * len(layer.histogram.centres) if nearest is None else [round(float(y), 4) for y in nearest]
+        rows = zip(layer.histogram.centres, layer.histogram.density, layer.laplacian(), dotted, strict=True)
+        for centre, density, laplacian, height in rows:
             yield {
                 "layer": layer.name,
                 "centre": round(float(centre), 3),
                 "from": round(float(centre - half_width), 3),
                 "to": round(float(centre + half_width), 3),
                 "density": round(float(density), 4),
-                "curve": height,
-                "nearest": layer.shape,
+                "laplacian": round(float(laplacian), 4),
+                "nearest": height,
                 "bit": ONE if _is_one(layer, float(centre)) else ZERO,
             }
 
@@ -165,13 +169,13 @@ def _histogram_caption(layers: Sequence[LayerStatistics]) -> str:
     }[used]
     counts = Counter(layer.shape for layer in layers)
     nearest = ", ".join(f"{shape} in {count}" for shape, count in counts.most_common())
-    none = f" (without a curve where all gaps are {FAR} or more)" if "none of them" in counts else ""
+    none = f" (without a dotted curve where all gaps are {FAR} or more)" if "none of them" in counts else ""
     return (
         "Training moves full-precision (latent) weights; the network only ever uses the bit that each of them stands for. "
         f"{rule} Thresholds are each filter's own, the lines their mean. Spikes, where there are any, come from SiMaN's "
-        "clip, which sets a layer's smallest and largest magnitudes to common values. Of a Laplacian, a Gaussian and a uniform "
-        "distribution, each fitted to the layer, the curve is the nearest, by the largest gap between the cumulative "
-        f"distributions: {nearest} of {len(layers)} layers{none}. A Laplacian is what l2 is said to drive weights to."
+        "clip, which sets a layer's smallest and largest magnitudes to common values. The solid curve is the Laplacian fitted to "
+        "the layer, which is what l2 is said to drive weights to; the dotted one the nearest of Laplacian, Gaussian and uniform, "
+        f"by the largest gap between the cumulative distributions: {nearest} of {len(layers)} layers{none}."
     )
 
 

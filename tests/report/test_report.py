@@ -84,18 +84,17 @@ def test_the_curve_is_of_the_distribution_that_the_caption_counts(content: Conte
     }
     layers = tuple(layer_statistics(f"layer of {name}", weights, "half") for name, weights in drawn.items())
     html = render(run_page(replace(content, layers=layers)))
-    caption = (
-        "Laplacian in 1, Gaussian in 1, uniform in 1, none of them in 1 of 4 layers (without a curve where all gaps are"
-    )
+    caption = "Laplacian in 1, Gaussian in 1, uniform in 1, none of them in 1 of 4 layers (without a dotted curve where"
     assert caption in html
     chart = figures_of(html)["weights"]
     rows = rows_of(chart, chart)
     for name, layer in zip(drawn, layers, strict=True):
         of_layer = [row for row in rows if row["layer"] == layer.name]
-        middle = of_layer[len(of_layer) // 2]["curve"]  # at 0
+        middle = of_layer[len(of_layer) // 2]["nearest"]  # at 0
         peak = {"Laplacian": 0.707, "Gaussian": 0.399, "uniform": 0.289, "none of them": None}[name]
         assert middle == (None if peak is None else pytest.approx(peak, rel=0.03))
-        assert {row["nearest"] for row in of_layer} == {name}
+        laplacian = [row["laplacian"] for row in of_layer]
+        assert laplacian == pytest.approx(layer.laplacian().tolist(), abs=1e-4)
     texts = [row for part in chart["layer"] if "data" in part for row in rows_of(chart, part) if "name" in row]
     assert texts == [{"layer": layer.name, "name": f"nearest: {layer.shape}"} for layer in layers]
 

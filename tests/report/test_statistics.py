@@ -109,6 +109,9 @@ def test_the_laplacian_is_the_most_likely_of_all() -> None:
     best = likelihood(location, scale)
     grid = [(location + a, scale + b) for a in (-0.1, -0.02, 0.02, 0.1) for b in (-0.1, -0.02, 0.0, 0.02, 0.1)]
     assert all(likelihood(*point) < best for point in grid)
+    assert found.laplacian() == pytest.approx(
+        [math.exp(-abs(x - location) / scale) / (2 * scale) for x in found.histogram.centres]
+    )
 
 
 def test_the_curve_is_the_density_of_the_shape_that_is_named() -> None:
