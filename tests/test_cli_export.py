@@ -455,7 +455,7 @@ def test_bad_packed_files_are_one_line(
         (["export", "gone"], "no run at gone"),
         (["verify", "gone"], "no run at gone"),
         (["predict", "gone", "IMAGE"], "no run at gone"),
-        (["predict", "FILE"], "Missing argument 'IMAGE...'"),
+        (["predict", "FILE"], "Missing argument 'IMAGE'"),
         (["predict", "FILE", "IMAGE", "--top", "0"], "--top"),
         (["export", "--images", "0"], "--images"),
         (["export", "FILE", "--format", "tflite"], "--format 'tflite': expected onnx, safetensors, all"),

@@ -32,7 +32,7 @@ def convert(
     model: Annotated[
         str | None,
         typer.Argument(
-            metavar="[MODEL]", help="A timm model; `siman models` lists them.", autocompletion=complete.models
+            metavar="MODEL", help="A timm model; `siman models` lists them.", autocompletion=complete.models
         ),
     ] = None,
     data: Annotated[

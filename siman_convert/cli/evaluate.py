@@ -13,7 +13,7 @@ def evaluate(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN|FILE]",
+            metavar="RUN|FILE",
             help="A run, an .onnx or a .safetensors file; default: the newest run.",
             autocompletion=complete.runs,
         ),

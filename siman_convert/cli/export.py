@@ -19,7 +19,7 @@ def export(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN|FILE]",
+            metavar="RUN|FILE",
             help="A run, or a .safetensors file; default: the newest run.",
             autocompletion=complete.runs,
         ),

@@ -12,7 +12,10 @@ def models(
     pattern: Annotated[
         str,
         typer.Argument(
-            help="A glob such as 'resnet*', or part of a name; default: all.", autocompletion=complete.models
+            metavar="PATTERN",
+            help="A glob such as 'resnet*', or part of a name; default: all.",
+            show_default=False,
+            autocompletion=complete.models,
         ),
     ] = "*",
     as_json: Json = False,

@@ -13,7 +13,7 @@ def predict(
     what: Annotated[
         str, typer.Argument(metavar="FILE|RUN", help="An exported file, or a run.", autocompletion=complete.runs)
     ],
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE", help="Image files.")],
     top: Annotated[int, typer.Option(min=1, help="Classes to show of each.")] = 5,
     backend: BackendName = None,
     output: Output = RUNS,

@@ -18,7 +18,7 @@ LIBRARIES = ("altair", "vl_convert")  # of the extra "report"
 
 def report(
     what: Annotated[
-        str | None, typer.Argument(metavar="[RUN]", help="A run; default: the newest.", autocompletion=complete.runs)
+        str | None, typer.Argument(metavar="RUN", help="A run; default: the newest.", autocompletion=complete.runs)
     ] = None,
     compare: Annotated[
         tuple[str, str] | None,

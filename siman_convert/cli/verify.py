@@ -12,7 +12,7 @@ def verify(
     what: Annotated[
         str | None,
         typer.Argument(
-            metavar="[RUN|FILE]",
+            metavar="RUN|FILE",
             help="A run, an .onnx or a .safetensors file; default: newest run.",
             autocompletion=complete.runs,
         ),
