@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,16 @@ from siman_convert.watch import Watcher
 CLASSES = 10
 NOTHING = "nothing to binarize"
 SIDES = (96, 128, 160)  # tried before a model's own size, on which everything takes longer
+DRAWS = 5
 BATCH, COMPARED = 4, 2  # images of the training step and of BatchNorm; of the comparisons
 
 
 class StageError(Exception):
     """What a stage found wrong, in one line."""
+
+
+class BlindError(StageError):
+    """The network gives every image the same answer."""
 
 
 def sweep_model(name: str, side: int | None = None, last: str = STAGES[-1]) -> Row:
@@ -114,7 +120,15 @@ def _size(model: nn.Module, plan: Plan, side: int | None) -> Size:
 
 
 def _convert(name: str, _side: int | None, _row: Row, made: dict[str, Any]) -> None:
-    torch.manual_seed(0)
+    """Random weights may be such that a layer's signs are the same for every image: they are drawn anew then."""
+    for seed in range(DRAWS):
+        with suppress(BlindError):
+            return _draw(name, seed, made)
+    raise BlindError(f"{DRAWS} draws of random weights give every image the same logits")
+
+
+def _draw(name: str, seed: int, made: dict[str, Any]) -> None:
+    torch.manual_seed(seed)
     model = create(name, CLASSES)
     _wake(model)
     apply_plan(model, made["plan"])
@@ -146,7 +160,7 @@ def _logits(model: nn.Module, images: Tensor) -> Tensor:
     if logits.shape != (len(images), CLASSES) or not logits.isfinite().all():
         raise StageError(f"logits of shape {tuple(logits.shape)}, finite: {bool(logits.isfinite().all())}")
     if torch.equal(logits[0], logits[1]):
-        raise StageError("two images have the same logits: nothing that is compared here would mean anything")
+        raise BlindError("two images have the same logits: nothing that is compared here would mean anything")
     return logits
 
 
