@@ -175,7 +175,7 @@ def test_a_run_goes_through_its_stages(staged: Run, capsys: pytest.CaptureFixtur
     rates = [record["lr"] for record in staged.metrics() if "lr" in record]
     assert rates[1] < 0.01  # of its own, fallen along the cosine
     assert run_command(["runs", "--output", str(staged.folder.parent)]) == 0
-    assert "finished" in capsys.readouterr().out
+    assert "  done  " in capsys.readouterr().out
 
 
 @pytest.mark.slow
