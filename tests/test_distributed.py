@@ -186,7 +186,7 @@ def test_one_process_speaks_and_writes(
     assert len(lines) == len(set(lines))
     beginnings = [line.split("  ")[0] for line in lines]
     for beginning in (
-        "1/5 environment cpu, 1 threads, 2 processes",
+        "1/5 environment cpu, 1 thread, 2 processes",
         f"run {run.folder}",
         "full precision",
         "next: siman",

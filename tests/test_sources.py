@@ -108,7 +108,7 @@ def test_two_processes_on_webdataset_shards(shards: Path, tmp_path: Path, capsys
         capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "cpu, 1 threads, 2 processes" in done.stdout
+    assert "cpu, 1 thread, 2 processes" in done.stdout
     assert done.stdout.count("binary 1/1") == 1
     run = Run(tmp_path / "run")
     assert run.info().classes == tuple(NAMES)
