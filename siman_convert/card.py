@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined,
 from siman_convert.costs import Costs
 from siman_convert.description import Description
 from siman_convert.errors import one_line
-from siman_convert.metrics import AccuracyChange
+from siman_convert.metrics import AccuracyChange, tells_top5
 from siman_convert.onnx_file import Variant
 from siman_convert.plans import ConvDecision
 from siman_convert.recipe import Recipe
@@ -121,13 +121,8 @@ def _measured(facts: Facts) -> Iterator[tuple[str, float, int]]:
         yield "top-1", change.after, change.images
     elif accuracy is not None and not facts.description.half and not facts.variant.int8:
         yield "top-1", accuracy.top1, accuracy.images
-        if _has_top5(facts):
+        if tells_top5(len(facts.description.classes)):
             yield "top-5", accuracy.top5, accuracy.images
-
-
-def _has_top5(facts: Facts) -> bool:
-    """Whether top-5 says anything: of 5 classes, any 5 answers hold the right one."""
-    return len(facts.description.classes) > 5
 
 
 def _what(facts: Facts) -> Iterator[str]:
@@ -158,7 +153,7 @@ def _accuracy(facts: Facts) -> Iterator[str]:
     if accuracy is None:
         yield "Not measured."
     else:
-        top5 = f", top-5 {accuracy.top5:.2f} %" if _has_top5(facts) else ""
+        top5 = f", top-5 {accuracy.top5:.2f} %" if tells_top5(len(facts.description.classes)) else ""
         what = f"{accuracy.images:,} validation images of {escape(accuracy.data)}"
         yield f"Top-1 {accuracy.top1:.2f} %{top5} of {what}, in torch before export."
     if change is not None:

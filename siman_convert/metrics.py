@@ -34,6 +34,11 @@ class Metrics:
         return self.images / self.seconds if self.seconds > 0 else 0.0
 
 
+def tells_top5(classes: int) -> bool:
+    """Whether top-5 says anything: of 5 classes, any 5 answers hold the right one."""
+    return classes > 5
+
+
 @dataclass(frozen=True)
 class AccuracyChange:
     """Top-1, percent, of the same `images` validation images before and after weights were rounded."""

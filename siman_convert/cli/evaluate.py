@@ -52,6 +52,7 @@ def evaluate(
     require_subject(what, output)
     from siman_convert.backends import default_onnx_backend, require_backend
     from siman_convert.evaluation import evaluate as evaluate_subject
+    from siman_convert.metrics import tells_top5
     from siman_convert.runtime import native
 
     which = "last" if last else "full-precision" if full_precision else "best"
@@ -77,9 +78,7 @@ def evaluate(
         print_json({"run": name, "weights": weights, "backend": ran, **asdict(metrics), **rate, "bad": bad})
         return
     print(f"{name}, {f'{weights} weights, ' if weights else ''}{metrics.images:,} images:")
-    top5 = (
-        f"top-5 {metrics.top5:.2f} %   " if metrics.classes > 5 else ""
-    )  # of 5 classes, any 5 answers hold the right one
+    top5 = f"top-5 {metrics.top5:.2f} %   " if tells_top5(metrics.classes) else ""
     print(
         f"top-1 {metrics.top1:.2f} %   {top5}loss {metrics.loss:.4f}   {metrics.images_per_second:.1f} images/s in {ran}"
     )
