@@ -1,6 +1,7 @@
 # Two commands for a fresh clone: `make demo` and `make test`. Both make the virtual environment they need.
 PYTHON ?= python3
 VENV ?= .venv
+EXTRAS ?= dev
 BIN := $(VENV)/bin
 
 .PHONY: demo test lint docs dist dist-aarch64 clean
@@ -35,7 +36,7 @@ dist dist-aarch64: $(VENV)/installed
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	touch $@
 
 clean:

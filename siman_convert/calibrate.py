@@ -47,26 +47,31 @@ def fit_thresholds(full_precision: nn.Module, binary: nn.Module, batches: Iterab
 
     0 would be no threshold: behind a ReLU nothing is below it.
     """
-    sums, handles, images = dict[str, Tensor](), [], 0
+    averages, handles = dict[str, _Average](), []
     for name, shift in _shifts(binary).items():
-        sums[name] = torch.zeros_like(shift.offset, dtype=torch.float64, requires_grad=False)
-        hook = _averager(sums[name])
-        handles.append(full_precision.get_submodule(name).register_forward_hook(hook))
+        averages[name] = _Average(torch.zeros_like(shift.offset, dtype=torch.float64, requires_grad=False))
+        handles.append(full_precision.get_submodule(name).register_forward_hook(averages[name].add))
     with _evaluating(full_precision), torch.no_grad():
-        for batch in batches if sums else ():
+        for batch in batches if averages else ():
             full_precision(batch)
-            images += len(batch)
-        for name, shift in _shifts(binary).items() if images else ():
-            shift.offset.copy_(sums[name] / images)
+        for name, shift in _shifts(binary).items():
+            if averages[name].count:
+                shift.offset.copy_(averages[name].total / averages[name].count)
     for handle in handles:
         handle.remove()
 
 
-def _averager(total: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-    def record(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-        total.add_(inputs[0].mean(dim=(2, 3), dtype=total.dtype).sum(dim=0))
+@dataclass
+class _Average:
+    """Running sum over samples, of every call, of the means of a convolution's input channels, (C_in,)."""
 
-    return record
+    total: Tensor
+    count: int = 0
+
+    def add(self, _module: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+        """A forward hook; the input is (N, C_in, H, W)."""
+        self.total += inputs[0].mean(dim=(2, 3), dtype=self.total.dtype).sum(dim=0)
+        self.count += len(inputs[0])
 
 
 def _shifts(binary: nn.Module) -> dict[str, Shift]:

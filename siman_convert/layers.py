@@ -151,6 +151,7 @@ class SiMaNConv2d(nn.Conv2d):
     @torch.no_grad()
     def _start_from(self, rows: Tensor, init: Init, generator: torch.Generator | None) -> None:
         """Latents and alpha from the weights (C_out, n) of a full-precision convolution."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))  # squares of small weights are 0 in float16
         latents = binarize.scratch_rows(rows.shape, generator) if init == "scratch" else rows
         if self.binarizes == "activations":
             self.weight.copy_(latents.view_as(self.weight))

@@ -35,8 +35,13 @@ class Objective:
     temperature: float = 1.0
     feature_weight: float = 0.0
 
+    @property
+    def reads_logits(self) -> bool:
+        """Whether the loss depends on the logits, and so on all that they depend on."""
+        return self.label_weight > 0 or (self.teacher is not None and self.distill_weight > 0)
+
     def __call__(self, student: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W), targets (N,) or (N, K) -> the loss, a scalar, and the student's logits (N, K)."""
+        """Images (N, C, H, W), targets (N,) or (N, K) -> the loss, a scalar, and the student's logits (N, K), detached."""
         with stage_outputs(student, self.feature_weight > 0) as features:
             logits: Tensor = student(images)
         loss = logits.new_zeros(())
@@ -49,7 +54,7 @@ class Objective:
                 loss = loss + self.distill_weight * distillation_loss(logits, answers, self.temperature)
             if self.feature_weight:
                 loss = loss + self.feature_weight * attention_distance(features, shown)
-        return loss, logits
+        return loss, logits.detach()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -88,15 +93,15 @@ def _attention(x: Tensor) -> Tensor:
 def stage_outputs(model: nn.Module, wanted: bool = True) -> Iterator[Maps]:
     """What the stages of `model` give in a forward: the last of each reduction that timm's `feature_info` names.
 
-    Outputs that are no (N, C, H, W) with the channels it states are left out.
+    Outputs that are no (N, C, H, W) with the channels it states are left out, and modules that the network has not (HRNet's).
     """
     outputs: Maps = {}
     info: Any = getattr(model, "feature_info", None) if wanted else None
+    modules = dict(model.named_modules()) if wanted else {}
     handles = [
-        model.get_submodule(stage["module"]).register_forward_hook(
-            _keeper(outputs, stage["reduction"], stage["num_chs"])
-        )
+        modules[stage["module"]].register_forward_hook(_keeper(outputs, stage["reduction"], stage["num_chs"]))
         for stage in (getattr(info, "info", info) or ())
+        if stage["module"] in modules
     ]
     try:
         yield outputs

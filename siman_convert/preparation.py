@@ -168,8 +168,9 @@ def check_export(job: Job, watcher: Watcher) -> None:
 
 
 def check_duration(job: Job, device: torch.device, processes: int, watcher: Watcher) -> None:
-    """Step 5: how long the whole run will take."""
+    """Step 5: how long the whole run will take. Raises InputError where its batches are too small."""
     recipe = job.recipe
+    _require_batch(job, processes)
 
     def steps_of(batch_size: int) -> int:
         return math.ceil(len(job.source.train) / (batch_size * recipe.grad_accum_steps * processes))
@@ -201,6 +202,18 @@ def check_duration(job: Job, device: torch.device, processes: int, watcher: Watc
         )
 
 
+def _require_batch(job: Job, processes: int) -> None:
+    """Raise InputError where training takes single images, and the network has a BatchNorm of one value a channel."""
+    trained = job.recipe.fp_epochs + job.recipe.binary_epochs
+    if not trained or min(job.recipe.batch_size, math.ceil(len(job.source.train) / processes)) > 1:
+        return
+    try:
+        copy.deepcopy(job.loaded.module).train()(torch.zeros(1, *job.preprocess.input_size))
+    except ValueError as error:
+        raise InputError(f"{job.loaded.name} cannot train on one image at a time ({error}); expected --batch-size 2 or more, "
+                         "and as many images for every process") from error  # fmt: skip
+
+
 def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Run | None = None) -> nn.Module | None:
     """The recipe's own teacher, from the run where it is kept there already; None: the model teaches itself, or nothing does.
 
@@ -219,7 +232,26 @@ def _named_teacher(recipe: Recipe, classes: int, preprocess: Preprocess, run: Ru
         _try(teacher, preprocess.input_size)
     except InputError as error:
         raise InputError(f"--teacher {recipe.teacher}: {error}") from error
+    if not file:  # of weights in a file it is not known which images they were trained on: the model's, most likely
+        _normalise_as_trained(teacher, preprocess)
     return teacher
+
+
+def _normalise_as_trained(teacher: nn.Module, preprocess: Preprocess) -> None:
+    """Images come with the mean and std of `preprocess`; those that timm states for the teacher take their place."""
+    own, _ = resolve_preprocess(teacher, image_size=preprocess.input_size[1:])
+    if (own.mean, own.std) == (preprocess.mean, preprocess.std):
+        return
+    given_mean, given_std, mean, std = (
+        torch.tensor(values).view(-1, 1, 1) for values in (preprocess.mean, preprocess.std, own.mean, own.std)
+    )
+    scale, shift = given_std / std, (given_mean - mean) / std
+
+    def normalise(_teacher: nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        (images,) = inputs
+        return images * scale.to(images) + shift.to(images)
+
+    teacher.register_forward_pre_hook(normalise)
 
 
 @torch.no_grad()

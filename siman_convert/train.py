@@ -22,7 +22,7 @@ from typing import Any, cast
 import safetensors.torch
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, gather_object, set_seed
 from PIL import Image
 from safetensors import SafetensorError
 from timm.layers import convert_sync_batchnorm
@@ -105,6 +105,9 @@ class Phase:
         self.batches = _trainable_batches(len(self.data.train), recipe.batch_size, accelerator.num_processes)
         self.steps = math.ceil(self.batches / recipe.grad_accum_steps)
         self.schedule = make_schedule(optimizer, recipe, self.epochs, self.steps)
+        # Where no logits are in the loss, what comes behind the last stage compared gets no gradient.
+        unused = not self.objective.reads_logits
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused)
         step = TrainingStep(self.model, self.objective)
         self.module, self.optimizer = accelerator.prepare(step, optimizer)
         self.ema = ModelEmaV3(self.model, decay=recipe.model_ema_decay) if recipe.model_ema else None
@@ -276,7 +279,7 @@ class Phase:
             self.schedule.step_update(update)
         else:
             self.schedule.step(progress.epoch)
-        if self.layers:
+        if self.layers and self.span.clipped:  # 0 where no epoch of the run trains binary weights
             percent = clip_percent(self.span.clipped_before + progress.epoch, self.span.clipped, recipe.clip_percent)
             for layer in self.layers:
                 layer.clip_weights_(percent)
@@ -288,7 +291,7 @@ class Phase:
             with syncing:
                 loss, logits = self.module(*(self.mix(images, targets) if self.mix else (images, targets)))
                 accelerator.backward(loss * share)
-            meter.add(loss.detach() * share, logits.detach(), targets, new_step=i == 0)
+            meter.add(loss.detach() * share, logits, targets, new_step=i == 0)
         if recipe.clip_grad is not None:
             accelerator.clip_grad_norm_(self.module.parameters(), recipe.clip_grad)
         self.optimizer.step()

@@ -31,6 +31,7 @@ from siman_convert.watch import Watcher
 GLOBAL_BATCH = 16  # of 320 images: 20 steps
 SCENARIOS = {
     "frozen": Recipe(epochs=2, opt="sgd", lr=0.05),  # float64, BatchNorm frozen, a layer never used
+    "features": Recipe(epochs=2, lr=0.05, label_weight=0.0, feature_weight=1.0),  # likewise; no logits in the loss
     "real": Recipe(epochs=2, opt="adamw", lr=3e-3, model_ema=True, model_ema_decay=0.9, mixup=0.2, grad_accum_steps=3),
     "sync": Recipe(epochs=2, opt="sgd", lr=0.05, sync_bn=True),  # float64, on GPUs
 }
@@ -50,13 +51,19 @@ def double(transform: Transform) -> Transform:
     return lambda image: transform(image).double()
 
 
+def taught_by(recipe: Recipe) -> torch.nn.Module | None:
+    """A teacher of random weights, in float64, where the recipe has one."""
+    torch.manual_seed(1)
+    return timm.create_model("test_resnet", num_classes=10).eval().double() if recipe.taught else None
+
+
 def train(scenario: str, data: str, device: str) -> dict[str, Any]:
     """One epoch of 20 steps, and an evaluation: running mean losses, metrics and the state_dict that was evaluated."""
     recipe = SCENARIOS[scenario].model_copy(update={"batch_size": GLOBAL_BATCH // processes()})
     torch.manual_seed(0)
     model = timm.create_model("test_resnet", num_classes=10)
     model = apply_plan(model, make_plan(model))
-    if scenario == "frozen":
+    if scenario in ("frozen", "features"):
         model = freeze_batch_norm_2d(model)
         model.spare = torch.nn.Conv2d(3, 3, 1)  # which the forward pass never uses
     preprocess = Preprocess((3, 32, 32), "bilinear", (0.5,) * 3, (0.5,) * 3, 1.0, "center")
@@ -69,9 +76,10 @@ def train(scenario: str, data: str, device: str) -> dict[str, Any]:
                 images, train_transform=double(images.train_transform), eval_transform=double(images.eval_transform)
             ),
         )
+    objective = Objective(recipe.label_weight, teacher=taught_by(recipe), feature_weight=recipe.feature_weight)
     accelerator, losses, progress = _accelerator(recipe, device), Losses(), Progress(phase="binary")
     phase = Phase(
-        Span.binary(recipe, 0), model, Objective(), images, accelerator, Run(Path("nowhere")), progress, losses, Stop()
+        Span.binary(recipe, 0), model, objective, images, accelerator, Run(Path("nowhere")), progress, losses, Stop()
     )
     phase._train_epoch()
     metrics = phase.evaluate()

@@ -159,6 +159,19 @@ def test_clip_keeps_signs_and_bounds_magnitudes(seed: int, filters: int, count: 
     assert np.allclose(binarize.clip_magnitudes(torch.from_numpy(rows), percent).numpy(), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_parameters_are_taken_as_they_are(device: str) -> None:
+    """No caller has to detach what it trains; none of these has a gradient of autograd's."""
+    rows = torch.nn.Parameter(random_rows(8, 3, 20).to(device))
+    results = [
+        binarize.half_bits(rows.abs()),
+        binarize.analytic_bits(rows.abs()),
+        binarize.clip_magnitudes(rows, 15.0),
+        binarize.binary_rows(rows, "half"),
+    ]
+    assert all(result.shape == rows.shape and not result.requires_grad for result in results)
+
+
 @pytest.mark.parametrize("percent", [-1.0, 50.0, math.nan])
 def test_clip_refuses_a_percentage_out_of_range(percent: float) -> None:
     with pytest.raises(ValueError, match="percent must be in"):

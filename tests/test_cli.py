@@ -250,6 +250,16 @@ def test_teachers_that_cannot_teach(
     assert not (tmp_path / "runs").exists()
 
 
+def test_single_images_that_batch_norm_cannot_normalise(
+    digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--img-size", "32", "-b", "1", "--dry-run"]
+    assert converted(tmp_path / "runs", digits, *flags) == 2
+    assert "cannot train on one image at a time" in last_line(capsys)
+    assert not (tmp_path / "runs").exists()
+    assert converted(tmp_path / "runs", digits, *flags, "--epochs", "0") == 0
+
+
 def test_few_steps_are_met_with_a_smaller_batch(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -144,13 +144,14 @@ def assert_two_equal_one(two: dict[str, Any], one: dict[str, Any]) -> None:
     assert two["sums"]["images"] == 320
 
 
-def test_two_processes_equal_one_at_the_same_global_batch(digits: Path, scenarios: Path) -> None:
-    two, _ = results(scenarios, "frozen")
-    assert_two_equal_one(two, phase_script.train("frozen", str(digits), "cpu"))
+@pytest.mark.parametrize("scenario", ["frozen", "features"])
+def test_two_processes_equal_one_at_the_same_global_batch(scenario: str, digits: Path, scenarios: Path) -> None:
+    two, _ = results(scenarios, scenario)
+    assert_two_equal_one(two, phase_script.train(scenario, str(digits), "cpu"))
     assert two["metrics"]["images"] == 97  # 49 and 48, in batches of 8
 
 
-@pytest.mark.parametrize("scenario", ["frozen", "real"])
+@pytest.mark.parametrize("scenario", ["frozen", "features", "real"])
 def test_all_processes_hold_the_same_bits(scenario: str, scenarios: Path) -> None:
     first, second = results(scenarios, scenario)
     assert first["state"].keys() == second["state"].keys()

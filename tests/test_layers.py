@@ -1,5 +1,7 @@
 """SiMaNConv2d against plain loops and autograd, in every mode, and on a device that has no values."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -173,6 +175,18 @@ def test_autocast_changes_neither_bits_nor_signs(dtype: torch.dtype) -> None:
     assert layer.weight.grad.dtype == torch.float32
     assert torch.isfinite(layer.weight.grad).all()
     assert layer.weight.grad.abs().max() > 0
+
+
+def test_small_weights_in_float16_keep_their_scale() -> None:
+    """Their squares are 0 in float16; the scale of the latents is the weights' all the same."""
+    torch.manual_seed(2)
+    conv = nn.Conv2d(16, 8, 3).half()
+    nn.init.normal_(conv.weight, std=1e-4)
+    layer = SiMaNConv2d.from_float(conv)
+    expected = SiMaNConv2d.from_float(copy.deepcopy(conv).float())
+    torch.testing.assert_close(layer.weight, expected.weight.half(), rtol=1e-2, atol=1e-7)
+    torch.testing.assert_close(layer.alpha, expected.alpha.half(), rtol=1e-2, atol=1e-7)
+    assert torch.equal(layer.eval().bits(), expected.bits())
 
 
 def test_the_conv_function_keeps_its_input_and_nothing_of_its_size() -> None:

@@ -140,6 +140,14 @@ def test_stage_outputs_are_those_of_the_stages_and_leave_no_hook(name: str) -> N
     assert nothing == {}
 
 
+def test_a_network_without_the_modules_that_it_names() -> None:
+    model = timm.create_model("hrnet_w18_small", num_classes=4).eval()  # names stem and stage1, and has neither
+    with stage_outputs(model) as outputs, torch.no_grad():
+        model(torch.randn(1, 3, 32, 32))
+    with pytest.raises(InputError, match="no stage of equal size"):
+        attention_distance(outputs, outputs)
+
+
 def test_features_are_part_of_the_loss() -> None:
     student, teacher = (timm.create_model("test_resnet", num_classes=4).eval() for _ in range(2))
     images, targets = torch.randn(2, 3, 64, 64), torch.arange(2)

@@ -178,6 +178,16 @@ def test_a_run_goes_through_its_stages(staged: Run, capsys: pytest.CaptureFixtur
     assert "  done  " in capsys.readouterr().out
 
 
+def test_a_stage_of_binary_activations_and_no_epoch_of_binary_weights(digits: Path, tmp_path: Path) -> None:
+    """Nothing to spread the clip over; the conversion of the weights is post-training."""
+    stages = "stages=[{binarize: activations, epochs: 1}, {binarize: all, epochs: 0}]"
+    start(command(tmp_path, digits, "--fp-epochs", "0", "--set", stages))
+    run = Run(tmp_path / "run")
+    phases = [(record["phase"], record["epoch"]) for record in run.metrics()]
+    assert phases == [("activations", 0), ("activations", 1), ("binary", 1), ("binary", 1)]
+    assert run.progress().finished(run.recipe())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [13, 23])  # of 10 an epoch: within the activations' epoch, and within the binary ones
 def test_a_run_killed_within_a_stage_resumes_to_the_same_bits(

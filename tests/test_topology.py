@@ -395,6 +395,17 @@ def test_thresholds_start_at_the_channels_means() -> None:
     fit_thresholds(net, apply_plan(copy.deepcopy(net), make_plan(net, input_size=(3, 16, 16))), iter([None]))  # unread
 
 
+def test_thresholds_of_a_convolution_that_is_called_twice() -> None:
+    torch.manual_seed(0)
+    net, images = Chain(lambda n, x: n.norm(n.conv(n.act(n.conv(x))))), torch.randn(4, 3, 16, 16)
+    binary = apply_plan(copy.deepcopy(net), make_plan(net, input_size=(3, 16, 16), **ALL))
+    fit_thresholds(net, binary, [images])
+    with torch.no_grad():
+        first = net.stem(images)
+        read = torch.cat([first, net.act(net.conv(first))])
+    torch.testing.assert_close(binary.conv.shift.offset, read.mean((0, 2, 3)))
+
+
 def test_nothing_decays_thresholds() -> None:
     net = Chain(straight)
     apply_plan(net, make_plan(net, input_size=(3, 16, 16), **ALL))

@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kTaskMacs = 1 << 22;    // some ten microseconds
 constexpr int64_t kTaskFloats = 1 << 15;  // as many, of quantizing
 constexpr size_t kBeyond = 8;             // bytes after the image that kernels may read, and then do not use
+constexpr float kNoResidual = -0.0f;      // added to -0 as well it changes nothing
 
 }  // namespace
 
@@ -99,6 +100,8 @@ void QuantizedConv::describe(const Job& job, const Block& block, ConvTask& task)
   task.rows = {image_size(job, 0), job.convolved[0], geometry_.kernel[0], step(0), 0, 1};
   task.columns = {image_size(job, 1), job.convolved[1], 1, step(1), 0, 1};
   task.base = base_.get() + block.slot;
+  task.residual = &kNoResidual;
+  task.residual_is_full = false;
 }
 
 }  // namespace siman

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 from functools import cache
+from numbers import Integral
 from pathlib import Path
 
 import onnxruntime
@@ -18,6 +19,7 @@ from siman_convert.errors import InputError
 
 _NAMES = ("libsiman_native.so", "libsiman_native.dylib", "libsiman_native.dll")
 ISA = "SIMAN_ISA"  # environment variable that forces a variant
+MOST_THREADS = 1024  # of a session: thousands of them, all waiting busily, take minutes to start
 MISSING = (
     "the native kernels are not installed (there was no C++ compiler): binary convolutions run as ordinary ones, several times "
     "slower; install a compiler, then `pip install --force-reinstall --no-deps siman-convert`"
@@ -81,8 +83,8 @@ def ceiling(variant: str, seconds: float) -> float:
 def session(path: str | Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU that runs siman's operators natively; `path` may be the file's bytes.
 
-    `threads`: of its pool; None: ONNX Runtime's choice. Without the library the function body in the file runs.
-    Raises InputError where ONNX Runtime refuses the file, and for an unusable SIMAN_ISA.
+    `threads`: of its pool, at most MOST_THREADS; None or 0: ONNX Runtime's choice. Without the library the function body in
+    the file runs. Raises InputError where ONNX Runtime refuses the file, for such a number of threads and an unusable SIMAN_ISA.
     """
     return open_session(path, threads, use_kernels=variant() is not None)
 
@@ -98,7 +100,7 @@ def open_session(
     options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; it warns about things its own optimizer does
     if threads is not None:
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = _require_threads(threads)
     if use_kernels:
         options.register_custom_ops_library(str(find_library()))
     try:
@@ -107,3 +109,11 @@ def open_session(
     except Exception as error:  # its exceptions share no public base class
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"ONNX Runtime cannot open the graph: {reason}") from error
+
+
+def _require_threads(threads: int) -> int:
+    if not isinstance(threads, Integral) or not 0 <= threads <= MOST_THREADS:
+        raise InputError(
+            f"threads={threads!r}: expected a whole number in 0..{MOST_THREADS}; 0 or None: ONNX Runtime's choice"
+        )
+    return int(threads)

@@ -91,6 +91,13 @@ class NativeError(Exception):
     """What siman_message says."""
 
 
+def assert_same_with_signs(got, expected):
+    """As assert_array_equal, for which 0 and -0 are the same; one NaN is as good as another."""
+    np.testing.assert_array_equal(got, expected)
+    numbers = ~np.isnan(expected)
+    np.testing.assert_array_equal(np.signbit(got[numbers]), np.signbit(expected[numbers]))
+
+
 def pointer(array):
     return None if array is None else array.ctypes.data_as(ctypes.c_void_p)
 

@@ -63,6 +63,19 @@ CasePtr many_channels(uint8_t weights) {
   return c;
 }
 
+// Rows of the output so far above the image that a pointer there, which nothing reads, would wrap around.
+CasePtr far_above() {
+  constexpr int64_t kFar = 2147483647;
+  auto c = std::make_unique<BinaryCase>();
+  c->geometry = {3, {1, 1}, 4096, {kFar, 1}, {kFar, 0, 0, 0}, {1, 1}, 1, 0};
+  const int64_t image[] = {1, 4096, 1, 256};
+  std::copy_n(image, 4, c->image);
+  c->weights.assign(3 * 4096 / 8, 0x5a);
+  c->x.assign(4096 * 256, 1.0f);
+  c->scale = c->bias = c->slope = Floats(3, 1.0f);
+  return c;
+}
+
 }  // namespace
 
 CasePtr draw_binary(Random& random) {
@@ -90,6 +103,7 @@ CasePtr draw_binary(Random& random) {
 std::vector<CasePtr> special_binary() {
   std::vector<CasePtr> all;
   for (const uint8_t weights : {0, 1, 255}) all.push_back(many_channels(weights));
+  all.push_back(far_above());
   return all;
 }
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native_library import NativeError
+from native_library import NativeError, assert_same_with_signs
 from test_native import VARIANTS
 from test_native_ort import as_input, attribute, initializer, session
 from test_onnx_quantized_op import in_reference, make_quantized_model, quantized_layer
@@ -79,6 +79,18 @@ def one_layer():
     (W, scale, bias, slope), attributes = quantized_layer(rng, 16, 8)
     X = rng.standard_normal((1, 16, 6, 6)).astype(np.float32)
     return {"X": X, "W": W, "scale": scale, "bias": bias, "slope": slope} | attributes
+
+
+@pytest.mark.parametrize("pool", [{}, {"pool_kernel": [2, 2]}])
+def test_nothing_is_added_where_there_is_no_residual(library, pool):
+    """Not even 0, which would make 0 of -0."""
+    layer = one_layer() | pool
+    layer |= {"W": np.zeros_like(layer["W"]), "scale": -abs(layer["scale"]), "bias": np.full(8, -0.0, np.float32)}
+    expected = quantized_conv2d(**layer)
+    assert np.signbit(expected).all()
+    for name, supported in library.variants().items():
+        if supported:
+            assert_same_with_signs(library.quantized_conv(**layer, variant=name), expected)
 
 
 def test_pads_far_beyond_the_image(library):

@@ -60,6 +60,19 @@ def test_an_unusable_variant_is_one_line(model_path: Path, monkeypatch: pytest.M
         siman_convert.session(model_path)
 
 
+@pytest.mark.parametrize("threads", [-1, 20_000, 2**40, 1.5, "2"])
+def test_a_number_of_threads_that_none_can_have_is_one_line(threads: int, model_path: Path) -> None:
+    with pytest.raises(InputError, match="threads=.*: expected a whole number in 0..1024"):
+        siman_convert.session(model_path, threads=threads)
+
+
+def test_no_threads_are_as_many_as_onnxruntime_likes(model_path: Path) -> None:
+    X = np.ones((1, 70, 5, 5), np.float32)
+    given = (0, None, 1, np.int64(1))
+    results = [siman_convert.session(model_path, threads=threads).run(None, {"x": X})[0] for threads in given]
+    np.testing.assert_array_equal(results[1:], [results[0]] * 3)
+
+
 def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_text("no")
     with pytest.raises(InputError, match="ONNX Runtime cannot open the graph"):

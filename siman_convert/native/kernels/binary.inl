@@ -83,12 +83,13 @@ struct BinaryRow {
     for (auto& value : base) value = all;
   }
 
-  // Few pixels have a base of their own.
+  // Few pixels have a base of their own. Without a row inside there is no place to start reading at, however far off.
   template <int P>
   void tile(int64_t x, int32_t* acc) const {
     const int32_t* from[P];
     for (auto& pixel : from) pixel = base;
-    if (x >= columns.first && x + P <= columns.last) return tile_inside<Ops, F, P>(t, rows, y, x, from, acc);
+    const bool is_inside = rows.first < rows.last && x >= columns.first && x + P <= columns.last;
+    if (is_inside) return tile_inside<Ops, F, P>(t, rows, y, x, from, acc);
     int32_t clipped[P][kFilters];
     for (int p = 0; p < P; ++p) {
       if (x + p >= columns.first && x + p < columns.last) continue;

@@ -14,7 +14,8 @@
 //   Row(const ConvTask&), start(int64_t y)    before the first tile of an output row
 //   tile<P>(int64_t x, int32_t* acc)          acc of output pixels (y, x) .. (y, x + P - 1), whatever base they need
 
-constexpr int64_t kMostUnits = 1 << 24;  // of a pixel: taps times channels are at most that many
+// More than a pixel has, whose taps times channels are at most 2^24: such a Part is flushed once, at the end.
+constexpr int64_t kMostUnits = (1 << 24) + 1;
 
 // The sums of one tile on their way to acc. All of it has to end up in registers, hence always inlined.
 template <class Ops, int F, int P>
