@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data._utils import signal_handling
 
 from siman_convert.data.preprocess import Transform
 from siman_convert.data.seeding import borrowed_generators, mix, permutation, sample_seeds, seed_generators
@@ -237,6 +238,7 @@ def _as_is(batch: Any) -> Any:
 def _options(workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
     """Its own generator, since a DataLoader otherwise draws from torch's global one; no persistent workers, since
     those would go on with the sampler of the epoch before."""
+    _leave_deaths_to_polling()
     generator = torch.Generator()
     generator.manual_seed(seed)
     return {
@@ -246,6 +248,15 @@ def _options(workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
         "worker_init_fn": _start_worker,
         "persistent_workers": False,
     }
+
+
+def _leave_deaths_to_polling() -> None:
+    """Keeps torch from raising the death of a worker out of a SIGCHLD handler, wherever the main thread then is.
+
+    Between the taking of a queue's lock and the statement that gives it back, the lock stayed taken, and the end of the loader
+    waited for it for ever. Without the handler the next look at the workers finds the death, within five seconds.
+    """
+    signal_handling._SIGCHLD_handler_set = True
 
 
 def _start_worker(_: int) -> None:

@@ -175,6 +175,15 @@ def test_a_worker_that_dies_is_an_error_and_not_a_hang():
     assert time.monotonic() - started < 30
 
 
+def test_the_death_of_a_worker_is_not_raised_out_of_a_signal_handler():
+    """There it would leave locks taken that the end of the loader waits for."""
+    if not hasattr(signal, "SIGCHLD"):
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    list(iterate(train_loader(ramp_split(8), number_only, batch_size=4, epoch=0, seed=0, workers=1)))
+    assert signal.getsignal(signal.SIGCHLD) is before
+
+
 def test_errors_that_are_not_a_workers_pass_unchanged():
     for error in (RuntimeError("CUDA out of memory"), ValueError("x"), InputError("one line")):
         assert worker_error(error) is None
