@@ -31,8 +31,8 @@ const char* const kMessages[] = {
     "X must be (N, channels*group, H, W) with H and W at least 1",
     "the dilated kernel is larger than the padded image of X",
     "X, W or Y has more than 2147483647 elements",
-    "SIMAN_ISA or variant: unknown name; known are avx512, avx2, neon and scalar",
-    "SIMAN_ISA or variant: this processor or build cannot run it; known are avx512, avx2, neon and scalar",
+    "SIMAN_ISA or variant: unknown name; known are amx, avx512, avx2, neon and scalar",
+    "SIMAN_ISA or variant: this processor or build cannot run it; known are amx, avx512, avx2, neon and scalar",
     "a quantized convolution has group 1, dilations 1 and center 0",
     "channels*kH*kW must be at most 518, so that sums of 8-bit products are exact in float32",
     "W must be in -127..127",
@@ -44,7 +44,7 @@ const char* const kMessages[] = {
 };
 static_assert(sizeof(kMessages) / sizeof(kMessages[0]) == SIMAN_NO_MEMORY + 1);
 
-constexpr const char* kKnown[] = {"avx512", "avx2", "neon", "scalar"};
+constexpr const char* kKnown[] = {"amx", "avx512", "avx2", "neon", "scalar"};
 
 bool is_known(const char* name) {
   for (const char* known : kKnown)
@@ -83,7 +83,7 @@ siman_status siman_create(const siman_geometry* geometry, const uint8_t* weights
   if (status == SIMAN_OK) status = siman::check_weights(*geometry, weights, weight_bytes);
   if (status == SIMAN_OK) status = choose(variant, &chosen);
   if (status != SIMAN_OK) return status;
-  *conv = new siman_conv{std::make_unique<siman::BinaryConv>(*geometry, weights, scale, bias, slope, *chosen)};
+  *conv = new siman_conv{siman::make_binary_conv(*geometry, weights, scale, bias, slope, *chosen)};
   return SIMAN_OK;
 } catch (const std::bad_alloc&) {
   return SIMAN_NO_MEMORY;
@@ -139,11 +139,12 @@ siman_status siman_measure_ceiling(const char* variant, double seconds, double* 
   const siman::Variant* chosen = nullptr;
   if (const siman_status status = choose(variant, &chosen); status != SIMAN_OK) return status;
   using Clock = std::chrono::steady_clock;
+  const auto count = chosen->matrix.kernel.convolve ? chosen->matrix.count_registers : chosen->binary.count_registers;
   int32_t sink = 0;
   *per_second = 0;
   for (const auto begin = Clock::now(); std::chrono::duration<double>(Clock::now() - begin).count() < seconds;) {
     const auto start = Clock::now();
-    const auto products = static_cast<double>(chosen->binary.count_registers(kSteps, &sink));
+    const auto products = static_cast<double>(count(kSteps, &sink));
     *per_second = std::max(*per_second, products / std::chrono::duration<double>(Clock::now() - start).count());
   }
   return SIMAN_OK;

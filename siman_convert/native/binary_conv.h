@@ -1,4 +1,5 @@
-// siman.BinaryConv2d: X against the mean of its sample, packed into bits, times weights of one bit.
+// siman.BinaryConv2d: X against the mean of its sample, packed into bits, times weights of one bit. xor_conv.h and
+// matrix_conv.h say what becomes of the bits.
 #pragma once
 
 #include "conv.h"
@@ -8,24 +9,32 @@ namespace siman {
 Status check_geometry(const Geometry& geometry);
 Status check_weights(const Geometry& geometry, const uint8_t* weights, size_t size);
 
-class BinaryConv final : public Conv {
- public:
-  // Geometry and weights are checked before.
-  BinaryConv(const Geometry& geometry, const uint8_t* weights, const float* scale, const float* bias,
-             const float* slope, const Variant& variant);
+// The fastest kind of this variant for the geometry; this and the weights are checked before.
+std::unique_ptr<Conv> make_binary_conv(const Geometry& geometry, const uint8_t* weights, const float* scale,
+                                       const float* bias, const float* slope, const Variant& variant);
 
- private:
-  void count_ones(const uint8_t* weights, int64_t filter, size_t slot);
-  std::unique_ptr<double[]> sum_samples(const Job& job) const;  // [sample][block of 4096 elements]
+class BinaryConv : public Conv {
+ protected:
+  BinaryConv(const Geometry& geometry, const float* scale, const float* bias, const float* slope,
+             const Variant& variant, const Kernel& kernel, int64_t task_macs);
+
+  // Pixels [begin, end) of one group of one sample: to be packed, where X is at least `threshold`.
+  struct Pixels {
+    int64_t sample, group;
+    float threshold;
+    size_t begin, end;
+  };
+  virtual void pack_pixels(const Job& job, const Pixels& pixels) const = 0;
+
   const uint8_t* tap(const uint8_t* weights, int64_t filter, int64_t at) const;
-
-  size_t packed_bytes(const Job& job) const override;
-  void pack(const Job& job) const override;
-  void describe(const Job& job, const Block& block, ConvTask& task) const override;
+  void pack_bits(const Job& job, const Pixels& pixels, uint8_t* packed, size_t pixel_bytes) const;
+  void pack(const Job& job) const final;
 
   const BinaryKernels& kernels_;
-  size_t tap_bytes_;                 // of one tap of one filter, as handed over
-  std::unique_ptr<int32_t[]> ones_;  // see ConvTask::ones; [kH+1][kW+1][slots]
+  size_t tap_bytes_;  // of one tap of one filter, as handed over
+
+ private:
+  std::unique_ptr<double[]> sum_samples(const Job& job) const;  // [sample][block of 4096 elements]
 };
 
 }  // namespace siman

@@ -8,8 +8,8 @@ namespace {
 
 // Of input that is taken through the phases together, to stay in the cache.
 constexpr size_t kWaveBytes = size_t{1} << 20;
-// Of X, Y and residual of a whole batch: of more, Y has left the cache since the last operator had its memory.
-constexpr size_t kCacheBytes = size_t{8} << 20;
+// Of X, Y and residual of a whole batch: of more, some have left the second-level cache since the last operator.
+constexpr size_t kCacheBytes = size_t{1} << 20;
 
 // On the boundary of a cache line: no vector of weights should straddle two.
 Bytes uninitialised_bytes(size_t size) {
@@ -33,10 +33,10 @@ std::unique_ptr<float[]> copy(const float* values, int64_t count) {
 Conv::Conv(const Geometry& geometry, const Variant& variant, const Kernel& kernel, int64_t taps, int64_t tap_channels,
            int64_t task_macs, const float* scale, const float* bias, const float* slope)
     : geometry_(geometry),
-      variant_(variant),
-      kernel_(kernel),
       taps_(taps),
       units_((tap_channels + kernel.unit_channels - 1) / kernel.unit_channels),
+      variant_(variant),
+      kernel_(kernel),
       task_macs_(task_macs),
       scale_(copy(scale, geometry.filters)),
       bias_(copy(bias, geometry.filters)),
@@ -75,7 +75,7 @@ Status Conv::run(const Run& run, const Pool& pool) const {
   job.group_bytes = packed_bytes(job);
   const auto y = static_cast<size_t>(job.output[0] * job.output[1] * job.output[2] * job.output[3]);
   const size_t x = static_cast<size_t>(run.image[0]) * job.sample;
-  job.fetch_y = (x + (run.residual_is_full ? 2 * y : y)) * sizeof(float) > kCacheBytes;
+  job.fetches = (x + (run.residual_is_full ? 2 * y : y)) * sizeof(float) > kCacheBytes;
   const auto in_cache = static_cast<int64_t>(kWaveBytes / (job.sample * sizeof(float)));
   const int64_t wave = std::clamp(in_cache, int64_t{1}, run.image[0]);
   job.packed = uninitialised_bytes(static_cast<size_t>(wave * geometry_.group) * job.group_bytes);
@@ -143,7 +143,7 @@ ConvTask Conv::task_for(const Job& job, int64_t sample, const Block& block) cons
   task.residual_is_full = job.run.residual_is_full;
   task.residual = job.run.residual + (job.run.residual_is_full ? y : 0);
   task.y = job.run.y + y;
-  task.fetch_y = job.fetch_y && !pools();
+  task.fetches = job.fetches && !pools();
   const auto axis = [&](int i) {
     return Axis{job.convolved[i], job.output[2 + i], pool_.kernel[i], pool_.strides[i], pool_.pads[i], 1};
   };

@@ -85,7 +85,7 @@ class Conv {
     int64_t output[4];
     size_t plane, sample;            // floats of X
     size_t group_bytes;              // of one packed group of one sample
-    bool fetch_y;                    // see ConvTask
+    bool fetches;                    // see ConvTask
     int64_t first = 0, samples = 0;  // of X: those that go through the phases together
     Bytes packed;                    // [sample][group][group_bytes]
 
@@ -111,6 +111,8 @@ class Conv {
   siman_pool pool_ = kNoPool;
   size_t slots_ = 0;  // filters of all blocks with those that fill up vectors
   size_t pixel_bytes_ = 0;
+  int64_t taps_, units_;  // units: of one tap
+  Bytes weights_;
 
  private:
   void make_blocks();
@@ -122,11 +124,9 @@ class Conv {
 
   const Variant& variant_;
   const Kernel& kernel_;
-  int64_t taps_, units_;  // units: of one tap
   int64_t task_macs_;
   std::unique_ptr<Block[]> blocks_;
   size_t block_count_ = 0;
-  Bytes weights_;
   std::unique_ptr<float[]> scale_, bias_, slope_;
 };
 

@@ -119,6 +119,7 @@ struct QuantizedOps : CodeLayout<8, 2, int16_t, int16_t> {
 }  // namespace
 
 extern const Variant kAvx2;
-const Variant kAvx2 = variant<Ops, QuantizedOps, EightFloats, OneFloat, FourDoubles>("avx2");
+const Variant kAvx2 = variant<Ops, EightFloats, OneFloat, FourDoubles>(
+    "avx2", quantized<QuantizedOps, EightFloats>(convolve_quantized<QuantizedRow, QuantizedOps, EightFloats>));
 
 }  // namespace siman

@@ -155,6 +155,7 @@ struct QuantizedOps : CodeLayout<8, 1, int16_t, int16_t> {
 }  // namespace
 
 extern const Variant kNeon;
-const Variant kNeon = variant<Ops, QuantizedOps, FourFloats, OneFloat, TwoDoubles>("neon");
+const Variant kNeon = variant<Ops, FourFloats, OneFloat, TwoDoubles>(
+    "neon", quantized<QuantizedOps, FourFloats>(convolve_quantized<QuantizedRow, QuantizedOps, FourFloats>));
 
 }  // namespace siman

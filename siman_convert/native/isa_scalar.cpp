@@ -68,6 +68,7 @@ struct QuantizedOps : CodeLayout<1, 1, int16_t, int16_t> {
 }  // namespace
 
 extern const Variant kScalar;
-const Variant kScalar = variant<Ops, QuantizedOps, OneFloat, OneFloat, OneDouble>("scalar");
+const Variant kScalar = variant<Ops, OneFloat, OneFloat, OneDouble>(
+    "scalar", quantized<QuantizedOps, OneFloat>(convolve_quantized<QuantizedRow, QuantizedOps, OneFloat>));
 
 }  // namespace siman

@@ -89,10 +89,12 @@ struct CustomOp {
   Status* (*infer_shape)(const CustomOp*, ShapeContext*);
   int (*start_version)(const CustomOp*);
   int (*end_version)(const CustomOp*);
-  void* in_place_and_alias[4];
+  size_t (*may_in_place)(int** inputs, int** outputs);
+  void (*release_in_place)(int* inputs, int* outputs);
+  void* alias[2];
 };
 static_assert(offsetof(CustomOp, destroy) == 72 && offsetof(CustomOp, variadic) == 104);
 static_assert(offsetof(CustomOp, create_kernel_v2) == 136 && offsetof(CustomOp, infer_shape) == 152);
-static_assert(offsetof(CustomOp, in_place_and_alias) == 176 && sizeof(CustomOp) == 208);
+static_assert(offsetof(CustomOp, may_in_place) == 176 && sizeof(CustomOp) == 208);
 
 }  // namespace siman::ort

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kTaskMacs = 1 << 22;    // some ten microseconds
 constexpr int64_t kTaskFloats = 1 << 15;  // as many, of quantizing
-constexpr size_t kBeyond = 8;             // bytes after the image that kernels may read, and then do not use
+constexpr int64_t kTilePixels = 16;       // that a kernel may always take together
 constexpr float kNoResidual = -0.0f;      // added to -0 as well it changes nothing
 
 }  // namespace
@@ -51,9 +51,15 @@ int64_t QuantizedConv::source(int64_t at, int axis) const {
   return at / step(axis) * geometry_.strides[axis] + at % step(axis) - geometry_.pads[axis];
 }
 
+// Bytes after the image that kernels may read, and then do not use: a tile of pixels, and a unit.
+size_t QuantizedConv::beyond() const {
+  return static_cast<size_t>(kTilePixels * step(1)) * pixel_bytes_ + static_cast<size_t>(kernels_.kernel.unit_bytes) +
+         8;
+}
+
 size_t QuantizedConv::packed_bytes(const Job& job) const {
   const auto pixels = static_cast<size_t>(image_size(job, 0) * image_size(job, 1));
-  return pixels * pixel_bytes_ + kBeyond;
+  return pixels * pixel_bytes_ + beyond();
 }
 
 void QuantizedConv::pack(const Job& job) const {
@@ -64,7 +70,7 @@ void QuantizedConv::pack(const Job& job) const {
     const int64_t sample = static_cast<int64_t>(i) / bands, first = static_cast<int64_t>(i) % bands * rows;
     const int64_t last = std::min(first + rows, height);
     for (int64_t at = first; at < last; ++at) quantize_row(job, sample, at);
-    if (last == height) std::memset(job.packed_group(sample, 0, 1) + job.group_bytes - kBeyond, 0, kBeyond);
+    if (last == height) std::memset(job.packed_group(sample, 0, 1) + job.group_bytes - beyond(), 0, beyond());
   });
 }
 
@@ -99,6 +105,7 @@ void QuantizedConv::quantize_piece(const Job& job, const Piece& p) const {
 void QuantizedConv::describe(const Job& job, const Block& block, ConvTask& task) const {
   task.rows = {image_size(job, 0), job.convolved[0], geometry_.kernel[0], step(0), 0, 1};
   task.columns = {image_size(job, 1), job.convolved[1], 1, step(1), 0, 1};
+  task.channels = geometry_.channels * geometry_.kernel[1];
   task.base = base_.get() + block.slot;
   task.residual = &kNoResidual;
   task.residual_is_full = false;

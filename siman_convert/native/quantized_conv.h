@@ -29,6 +29,7 @@ class QuantizedConv final : public Conv {
   int64_t step(int axis) const;
   int64_t image_size(const Job& job, int axis) const;
   int64_t source(int64_t at, int axis) const;
+  size_t beyond() const;
   void quantize_row(const Job& job, int64_t sample, int64_t at) const;
   void quantize_piece(const Job& job, const Piece& piece) const;
 

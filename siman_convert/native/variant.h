@@ -25,6 +25,14 @@ struct PackTask {
   size_t begin, end;
 };
 
+// Bits to bytes, +1 and -1, for pixels that follow one another; the channels are filled up to whole words with 0.
+struct SpreadTask {
+  const uint8_t* bits;  // whole 64-channel words
+  size_t channels, pixels;
+  uint8_t* packed;    // the first pixel; 64 bytes each
+  size_t unit_bytes;  // from unit to unit of `packed`
+};
+
 // Quantize pixels that follow one another in the codes: see kernels/quantized.inl.
 struct QuantizeTask {
   const float* x;  // the first pixel in the first plane
@@ -44,11 +52,12 @@ struct Axis {
 
 // Rows [row_begin, row_end) of the output planes of one block of filters, for one sample.
 struct ConvTask {
-  Axis rows, columns;      // quantized: without padding, and a row of the kernel is one tap
-  int64_t channels;        // of the group
+  Axis rows, columns;      // quantized: without padding, and a row of the kernel is one tap; matrix: see matrix.inl
+  int64_t channels;        // of one tap
   int64_t units;           // of one tap: see Kernel
   const uint8_t* packed;   // of the group, by rows and pixels; binary: H*W pixels, then one more that is all 0
   size_t pixel_bytes;      // from pixel to pixel
+  size_t unit_bytes;       // matrix: from unit to unit
   const uint8_t* weights;  // of the block
   const int32_t* ones;     // binary: ones[(i*(kW+1) + j)*ones_stride + f]: set bits of filter f in the taps above i,
                            // left of j
@@ -60,7 +69,7 @@ struct ConvTask {
   const float* residual;              // of the block, as y; or one float
   bool residual_is_full;
   float* y;      // the plane of the block's first filter
-  bool fetch_y;  // before it is written: it is in no cache
+  bool fetches;  // Y and residual, ahead of their use: they are not in the second-level cache
   int64_t row_begin, row_end;
   // Quantized, with a max pool behind it; rows and planes of Y are the pool's then.
   Axis pool_rows, pool_columns;
@@ -96,10 +105,20 @@ struct QuantizedKernels {
   void (*place)(const int8_t* tap, size_t channels, int lane, uint8_t* vector, size_t unit_stride);
 };
 
+// siman.BinaryConv2d by a kernel that multiplies matrices of bytes: see kernels/matrix.inl. A unit of weights is bits.
+struct MatrixKernels {
+  Kernel kernel;       // without `convolve`: there is none
+  int most_positions;  // that are computed together, whether or not so many are left
+  void (*place)(const uint8_t* tap, size_t tap_bytes, int lane, uint8_t* vector, size_t unit_stride);
+  void (*spread)(const SpreadTask& task);
+  int64_t (*count_registers)(int64_t steps, int32_t* sink);
+};
+
 struct Variant {
   const char* name;
   BinaryKernels binary;
   QuantizedKernels quantized;
+  MatrixKernels matrix;
 };
 
 struct NamedVariant {

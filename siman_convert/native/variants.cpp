@@ -6,10 +6,14 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if SIMAN_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace siman {
 
-extern const Variant kScalar, kAvx2, kAvx512, kNeon;
+extern const Variant kScalar, kAvx2, kAvx512, kAmx, kNeon;
 
 namespace {
 
@@ -39,19 +43,40 @@ bool has_avx512() {
   return registers_are_saved(kZmmState) &&
          has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL, bit_AVX512VPOPCNTDQ | bit_AVX512VNNI);
 }
+
+#if SIMAN_AMX
+// The kernel has to be asked before a process may use the tiles; it refuses where it does not know them, or where a
+// signal stack would be too small to save them on.
+bool tiles_are_granted() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch/x86/include/uapi/asm/prctl.h
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx() {
+  constexpr uint32_t kTiles = 1u << 24, kInt8 = 1u << 25, kTileState = 0x600E6;
+  static const bool granted = [] {
+    uint32_t a, b, c, d;
+    const bool is_there = has_avx512() && registers_are_saved(kTileState) && __get_cpuid_count(7, 0, &a, &b, &c, &d) &&
+                          (d & (kTiles | kInt8)) == (kTiles | kInt8);
+    return is_there && tiles_are_granted();
+  }();
+  return granted;
+}
+#endif
 #endif
 
 }  // namespace
 
 const NamedVariant kVariants[] = {
 #if defined(__x86_64__)
-    {&kAvx512, has_avx512},
-    {&kAvx2, has_avx2},
+#if SIMAN_AMX
+    {&kAmx, has_amx},
+#endif
+    {&kAvx512, has_avx512}, {&kAvx2, has_avx2},
 #elif defined(__aarch64__)
     {&kNeon, always},
 #endif
-    {&kScalar, always},
-    {nullptr, nullptr},
+    {&kScalar, always},     {nullptr, nullptr},
 };
 
 const NamedVariant* find_variant(const char* name) {

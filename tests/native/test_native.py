@@ -8,10 +8,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native_library import NativeError, assert_same_with_signs, find_tool
+from test_onnx_op import layer as make_layer
 
 from siman_convert.runtime.reference import binary_conv2d
 
-VARIANTS = ("avx512", "avx2", "neon", "scalar")
+VARIANTS = ("amx", "avx512", "avx2", "neon", "scalar")
 ODD = np.array([0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, np.inf, -np.inf, np.nan, 1.0, -1.0], np.float32)
 
 
@@ -101,14 +102,44 @@ def one_layer(channels=16, filters=8, size=6):
     } | attributes
 
 
+@pytest.mark.parametrize("filters", [8, 40])
 @pytest.mark.parametrize("threads", [0, 3])
-def test_samples_that_are_summed_and_packed_in_several_tasks(library, threads):
-    layer = one_layer(channels=66, size=71)  # 332,706 floats; a task takes 131,072
+def test_samples_that_are_summed_and_packed_in_several_tasks(library, threads, filters):
+    layer = one_layer(channels=66, filters=filters, size=71)  # 332,706 floats; a task takes 131,072
     layer["X"] = draw_floats("cancelling", np.random.default_rng(1), layer["X"].shape)
     expected = binary_conv2d(**layer)
     for name, supported in library.variants().items():
         if supported:
             np.testing.assert_array_equal(library.conv(**layer, variant=name, threads=threads), expected)
+
+
+SHAPES = {  # what networks have: channels, filters, size, and what differs from 3x3
+    "wide": (64, 64, 56, {}),
+    "stride 2": (64, 128, 56, {"strides": [2, 2]}),
+    "narrow": (512, 80, 7, {}),
+    "1x1": (256, 64, 14, {"kernel": (1, 1), "pads": [0] * 4, "strides": [2, 2]}),
+    "5x5, dilated, asymmetric": (130, 33, 20, {"kernel": (5, 5), "pads": [3, 0, 6, 8], "dilations": [2, 2]}),
+    "groups": (96, 96, 15, {"group": 3, "strides": [3, 1]}),
+    "beyond what tiles are for": (64, 64, 9, {"pads": [0, 40, 30, 0], "dilations": [9, 17]}),
+    "one output pixel": (64, 64, 3, {"pads": [0] * 4}),
+    "pads that no tap reaches": (32, 32, 8, {"pads": [2, 3, 3, 2], "strides": [3, 3], "kernel": (2, 1)}),
+}
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_networks(library, name, threads):
+    channels, filters, size, changes = SHAPES[name]
+    rng = np.random.default_rng(2)
+    (W, scale, bias, _, slope), attributes = make_layer(rng, channels, filters, **changes)
+    X = rng.standard_normal((2, channels, size, size)).astype(np.float32)
+    Y = binary_conv2d(X, W, scale, bias, np.zeros((1, 1, 1, 1), np.float32), slope, **attributes)
+    residual = rng.standard_normal(Y.shape).astype(np.float32)
+    expected = binary_conv2d(X, W, scale, bias, residual, slope, **attributes)
+    for variant, supported in library.variants().items():
+        if supported:
+            Y = library.conv(X, W, scale, bias, residual, slope, **attributes, variant=variant, threads=threads)
+            assert_same_with_signs(Y, expected)
 
 
 def test_the_first_supported_variant_is_the_default(library, monkeypatch):
@@ -134,7 +165,7 @@ def test_the_environment_forces_a_variant(library, monkeypatch):
 @pytest.mark.parametrize(("name", "message"), [("avx1024", "unknown name"), ("", "unknown name")])
 def test_unknown_variant(library, monkeypatch, name, message):
     monkeypatch.setenv("SIMAN_ISA", name)
-    with pytest.raises(NativeError, match=f"{message}; known are avx512, avx2, neon and scalar"):
+    with pytest.raises(NativeError, match=f"{message}; known are amx, avx512, avx2, neon and scalar"):
         library.conv(**one_layer())
 
 

@@ -12,6 +12,7 @@ from onnx import helper, numpy_helper
 from test_onnx_op import in_reference, layer, make_model
 
 from siman_convert.onnx_op import OP_NAME
+from siman_convert.runtime.reference import binary_conv2d
 
 
 def session(library, model, *, threads=1, profile=None):
@@ -53,7 +54,34 @@ def test_residual_as_an_input(library):
         opened.run(None, {"x": X[:1], "residual0": residual})
 
 
-@pytest.mark.parametrize("variant", ["avx512", "avx2", "neon", "scalar"])
+@pytest.mark.parametrize("size", [9, 60])
+def test_residuals_whose_memory_becomes_that_of_y(library, size):
+    """ONNX Runtime may hand over the residual's memory as Y's; not where X or a later node has it, too."""
+    rng = np.random.default_rng(4)
+    layers = [layer(rng, 32, 32) for _ in range(4)]
+    model = make_model(layers, names_of_x=("N", 32, size, size))
+    names = {0: "last", 1: "y0", 2: "kept", 3: "y0"}  # used here last; X itself; used later on; used here last
+    for at, node in enumerate(model.graph.node):
+        node.input[4] = names[at]
+    nodes = list(model.graph.node)
+    del model.graph.node[:]
+    first = [helper.make_node("Neg", ["x"], ["last"]), helper.make_node("Abs", ["x"], ["kept"])]
+    model.graph.node.extend([*first, *nodes, helper.make_node("Add", ["y", "kept"], ["sum"])])
+    model.graph.output[0].name = "sum"
+    X = rng.standard_normal((2, 32, size, size)).astype(np.float32)
+
+    def conv(at, X, residual):
+        (W, scale, bias, _, slope), attributes = layers[at]
+        return binary_conv2d(X, W, scale, bias, residual, slope, **attributes)
+
+    y0 = conv(0, X, -X)
+    y2 = conv(2, conv(1, y0, y0), np.abs(X))
+    opened = session(library, model)
+    for _ in range(3):
+        np.testing.assert_array_equal(opened.run(None, {"x": X})[0], conv(3, y2, y0) + np.abs(X))
+
+
+@pytest.mark.parametrize("variant", ["amx", "avx512", "avx2", "neon", "scalar"])
 def test_the_kernel_runs_not_the_function(library, chain, variant, monkeypatch, tmp_path):
     if not library.variants().get(variant):
         pytest.skip(f"{variant} does not run on this processor")
@@ -98,7 +126,7 @@ def test_two_sessions_in_two_threads(library, chain):
 
 def test_unknown_variant_is_an_error_of_the_session(library, chain, monkeypatch):
     monkeypatch.setenv("SIMAN_ISA", "avx3")
-    with pytest.raises(Exception, match="SIMAN_ISA.*known are avx512, avx2, neon and scalar"):
+    with pytest.raises(Exception, match="SIMAN_ISA.*known are amx, avx512, avx2, neon and scalar"):
         session(library, make_model(chain))
 
 

@@ -66,6 +66,7 @@ inline Taps columns_inside(const Axis& axis) {
 // The taps inside the image, the columns that have all of theirs inside, and the base of those.
 template <class Ops, int F>
 struct BinaryRow {
+  static constexpr bool kAlwaysWhole = false;
   static constexpr int kFilters = F * Ops::kLanes;
 
   const ConvTask& t;

@@ -13,6 +13,7 @@
 // A Row<Ops, F> says what the two kinds of convolution, binary.inl and quantized.inl, do not share:
 //   Row(const ConvTask&), start(int64_t y)    before the first tile of an output row
 //   tile<P>(int64_t x, int32_t* acc)          acc of output pixels (y, x) .. (y, x + P - 1), whatever base they need
+//   kAlwaysWhole                              whether P is always kPixels
 
 // More than a pixel has, whose taps times channels are at most 2^24: such a Part is flushed once, at the end.
 constexpr int64_t kMostUnits = (1 << 24) + 1;
@@ -118,57 +119,69 @@ SIMAN_NOINLINE void tile_inside(const ConvTask& t, Taps rows, int64_t y, int64_t
   tile.finish();
 }
 
-// Chooses the tile that fits: P of `width` pixels, 1 <= width <= P.
+// Chooses the tile that fits: P of `width` pixels, 1 <= width <= P. A Row may always take P: see Acc.
 template <int P, class Row>
 void convolve_pixels(const Row& row, int64_t x, int64_t width, int32_t* acc) {
-  if constexpr (P > 1) {
+  if constexpr (P > 1 && !Row::kAlwaysWhole) {
     if (width < P) return convolve_pixels<P - 1>(row, x, width, acc);
   }
   row.template tile<P>(x, acc);
 }
 
-// Has the lines of `count` pixels of Y brought in, for filters [first, last). Of a plane that begins within a line the
-// last one is left out.
+// Has the lines of `count` pixels of Y brought in, and of the residual, for filters [first, last). Of a plane that
+// begins within a line the last one is left out.
 inline void fetch_lines(const ConvTask& t, size_t pixel, size_t count, int64_t first, int64_t last) {
   constexpr size_t kLine = 64 / sizeof(float);
   const size_t plane = static_cast<size_t>(t.rows.out * t.columns.out);
-  const float* y = t.y + static_cast<size_t>(first) * plane + pixel;
-  for (int64_t f = first; f < last; ++f, y += plane)
-    for (size_t i = 0; i < count; i += kLine) __builtin_prefetch(y + i, 1);
+  size_t at = static_cast<size_t>(first) * plane + pixel;
+  for (int64_t f = first; f < last; ++f, at += plane) {
+    for (size_t i = 0; i < count; i += kLine) {
+      __builtin_prefetch(t.y + at + i, 1);
+      if (t.residual_is_full) __builtin_prefetch(t.residual + at + i);
+    }
+  }
 }
 
 constexpr int64_t kSegment = 64;  // pixels
 
-// The acc of a segment. All 0 at first: what is left over of a vector is read before it is written.
-template <int kFilters>
+// The acc of a segment. All 0 at first: what is left over of a vector is read before it is written. Pixels of a whole
+// tile that are none of the segment's are written behind it, or where the next ones are written afterwards.
+template <class Ops, int F>
 struct Acc {
-  int32_t sums[kSegment * kFilters] = {};
+  alignas(64) int32_t sums[(kSegment + Ops::kPixels) * F * Ops::kLanes] = {};
 };
 
+// Where piece i of n begins: pieces of `whole`, and what is left, or all of nearly the same length (7 pixels are 4 + 3,
+// not 6 + 1).
+template <bool kWhole>
+int64_t cut(int64_t length, int64_t whole, int64_t i, int64_t n) {
+  if (!kWhole) return i * length / n;
+  return i * whole < length ? i * whole : length;
+}
+
 // Rows [row_begin, row_end) in segments of at most kSegment pixels, whole rows where they are short: their acc stays in
-// the first-level cache until finish(pixel, count) takes `count` pixels from flat position `pixel` on. A row is cut
-// into tiles of nearly the same width (7 pixels are 4 + 3, not 6 + 1).
+// the first-level cache until finish(pixel, count) takes `count` pixels from flat position `pixel` on.
 template <class Row, class Ops, int F, class Finish>
-void convolve_rows(const ConvTask& t, int64_t row_begin, int64_t row_end, Acc<F * Ops::kLanes>& segment,
-                   const Finish& finish) {
-  constexpr int64_t kFilters = F * Ops::kLanes;
+void convolve_rows(const ConvTask& t, int64_t row_begin, int64_t row_end, Acc<Ops, F>& segment, const Finish& finish) {
+  constexpr int64_t kFilters = F * Ops::kLanes, kPixels = Ops::kPixels;
+  constexpr auto kCut = cut<Row::kAlwaysWhole>;
   int32_t* acc = segment.sums;
   Row row(t);
-  const int64_t chunks = round_up_div(t.columns.out, kSegment);
-  const int64_t rows_at_once = chunks > 1 ? 1 : kSegment / t.columns.out;
+  const int64_t columns = t.columns.out, chunks = round_up_div(columns, kSegment);
+  const int64_t rows_at_once = chunks > 1 ? 1 : kSegment / columns;
   for (int64_t y = row_begin; y < row_end; y += rows_at_once) {
     const int64_t rows = row_end - y < rows_at_once ? row_end - y : rows_at_once;
     for (int64_t k = 0; k < chunks; ++k) {
-      const int64_t begin = k * t.columns.out / chunks, width = (k + 1) * t.columns.out / chunks - begin;
-      const int64_t tiles = round_up_div(width, Ops::kPixels);
-      const auto pixel = static_cast<size_t>(y * t.columns.out + begin), count = static_cast<size_t>(rows * width);
+      const int64_t begin = kCut(columns, kSegment, k, chunks), width = kCut(columns, kSegment, k + 1, chunks) - begin;
+      const int64_t tiles = round_up_div(width, kPixels);
+      const auto pixel = static_cast<size_t>(y * columns + begin), count = static_cast<size_t>(rows * width);
       for (int64_t r = 0; r < rows; ++r) {
         row.start(y + r);
         for (int64_t i = 0; i < tiles; ++i) {
           // A few lines a tile: that many can be on their way at once.
           const int64_t tile = r * tiles + i, all = rows * tiles;
-          if (t.fetch_y) fetch_lines(t, pixel, count, tile * t.filters / all, (tile + 1) * t.filters / all);
-          const int64_t x = i * width / tiles, end = (i + 1) * width / tiles;
+          if (t.fetches) fetch_lines(t, pixel, count, tile * t.filters / all, (tile + 1) * t.filters / all);
+          const int64_t x = kCut(width, kPixels, i, tiles), end = kCut(width, kPixels, i + 1, tiles);
           convolve_pixels<Ops::kPixels>(row, begin + x, end - x, acc + (r * width + x) * kFilters);
         }
       }
@@ -181,7 +194,7 @@ template <class Row, class Ops, class Floats, int F>
 void convolve_block(const ConvTask& t) {
   constexpr int kFilters = F * Ops::kLanes;
   static_assert(kFilters % Floats::kLanes == 0 && kSegment % Floats::kLanes == 0);
-  Acc<kFilters> acc;
+  Acc<Ops, F> acc;
   convolve_rows<Row, Ops, F>(t, t.row_begin, t.row_end, acc, [&](size_t pixel, size_t count) {
     epilogue<Floats>(t, acc.sums, kFilters, pixel, count);
   });

@@ -63,26 +63,26 @@ void pool_row(const ConvTask& t, Taps rows, int64_t y) {
 }
 
 // A row of the convolution is computed once, when the first window needs it.
-template <class Ops, class Floats, int F>
+template <class Row, class Ops, class Floats, int F>
 void convolve_and_pool_block(const ConvTask& t) {
   static_assert(F * Ops::kLanes % Floats::kLanes == 0);
   constexpr size_t kFilters = F * Ops::kLanes;
-  Acc<kFilters> acc;
+  Acc<Ops, F> acc;
   const auto keep = [&](size_t pixel, size_t count) { keep_values<Floats, kFilters>(t, acc.sums, pixel, count); };
   int64_t next = 0;
   for (int64_t y = t.row_begin; y < t.row_end; ++y) {
     const int64_t top = y * t.pool_rows.stride - t.pool_rows.pad;
     const Taps taps = taps_inside(t.pool_rows, y), rows{top + taps.first, top + taps.last};
     next = next < rows.first ? rows.first : next;
-    for (; next < rows.last; ++next) convolve_rows<QuantizedRow<Ops, F>, Ops, F>(t, next, next + 1, acc, keep);
+    for (; next < rows.last; ++next) convolve_rows<Row, Ops, F>(t, next, next + 1, acc, keep);
     pool_row<Floats, kFilters>(t, rows, y);
   }
 }
 
-template <class Ops, class Floats>
+template <template <class, int> class Row, class Ops, class Floats>
 void convolve_quantized(const ConvTask& t) {
   constexpr int kMany = Ops::kVectors, kFew = Ops::kFewVectors;
-  if (!t.kept) return convolve<QuantizedRow, Ops, Floats>(t);
-  if (t.vectors == kMany) return convolve_and_pool_block<Ops, Floats, kMany>(t);
-  convolve_and_pool_block<Ops, Floats, kFew>(t);
+  if (!t.kept) return convolve<Row, Ops, Floats>(t);
+  if (t.vectors == kMany) return convolve_and_pool_block<Row<Ops, kMany>, Ops, Floats, kMany>(t);
+  convolve_and_pool_block<Row<Ops, kFew>, Ops, Floats, kFew>(t);
 }

@@ -88,6 +88,8 @@ void quantize(const QuantizeTask& task) {
 
 template <class Ops, int F>
 struct QuantizedRow {
+  static constexpr bool kAlwaysWhole = false;
+
   const ConvTask& t;
   int64_t y;
 

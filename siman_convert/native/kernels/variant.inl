@@ -14,12 +14,17 @@ constexpr Kernel kernel(void (*convolve)(const ConvTask&)) {
           Ops::kUnitBytes, Ops::kVectorBytes, convolve};
 }
 
+template <class Ops, class Floats>
+constexpr QuantizedKernels quantized(void (*convolve)(const ConvTask&)) {
+  return {kernel<Ops>(convolve), sizeof(typename Ops::Code), quantize<Floats, Ops>, Ops::place};
+}
+
 // The entry of this instruction set: all of its kernels and the layout they want.
-template <class BinaryOps, class QuantizedOps, class Floats, class One, class Doubles>
-constexpr Variant variant(const char* name) {
+template <class Ops, class Floats, class One, class Doubles>
+constexpr Variant variant(const char* name, QuantizedKernels quantized, MatrixKernels matrix = {}) {
   return {name,
-          {kernel<BinaryOps>(convolve<BinaryRow, BinaryOps, Floats>), sum_block<Doubles>, pack<Floats, One, BinaryOps>,
-           BinaryOps::place, count_registers<BinaryOps>},
-          {kernel<QuantizedOps>(convolve_quantized<QuantizedOps, Floats>), sizeof(typename QuantizedOps::Code),
-           quantize<Floats, QuantizedOps>, QuantizedOps::place}};
+          {kernel<Ops>(convolve<BinaryRow, Ops, Floats>), sum_block<Doubles>, pack<Floats, One, Ops>, Ops::place,
+           count_registers<Ops>},
+          quantized,
+          matrix};
 }
