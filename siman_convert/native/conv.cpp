@@ -6,7 +6,7 @@
 namespace siman {
 namespace {
 
-// Of input that is taken through the phases together, to stay in the cache.
+// Of input, or of what it is packed into, that is taken through the phases together, to stay in the cache.
 constexpr size_t kWaveBytes = size_t{1} << 20;
 // Of X, Y and residual of a whole batch: of more, some have left the second-level cache since the last operator.
 constexpr size_t kCacheBytes = size_t{1} << 20;
@@ -76,9 +76,10 @@ Status Conv::run(const Run& run, const Pool& pool) const {
   const auto y = static_cast<size_t>(job.output[0] * job.output[1] * job.output[2] * job.output[3]);
   const size_t x = static_cast<size_t>(run.image[0]) * job.sample;
   job.fetches = (x + (run.residual_is_full ? 2 * y : y)) * sizeof(float) > kCacheBytes;
-  const auto in_cache = static_cast<int64_t>(kWaveBytes / (job.sample * sizeof(float)));
+  const size_t packed = job.group_bytes * static_cast<size_t>(geometry_.group);
+  const auto in_cache = static_cast<int64_t>(kWaveBytes / std::max(job.sample * sizeof(float), packed));
   const int64_t wave = std::clamp(in_cache, int64_t{1}, run.image[0]);
-  job.packed = uninitialised_bytes(static_cast<size_t>(wave * geometry_.group) * job.group_bytes);
+  job.packed = uninitialised_bytes(static_cast<size_t>(wave) * packed);
   for (; job.first < run.image[0]; job.first += wave) {
     job.samples = std::min(wave, run.image[0] - job.first);
     pack(job);

@@ -98,7 +98,8 @@ SIMAN_API void siman_destroy(siman_conv* conv);
 /* image: N, C, H, W of X; output: N, O, Ho, Wo of Y. */
 SIMAN_API siman_status siman_output_shape(const siman_conv* conv, const int64_t image[4], int64_t output[4]);
 
-/* residual: as large as Y where residual_is_full, else one float. parallel_for may be null: then all is done here. */
+/* residual: as large as Y where residual_is_full, and then it may be y itself, else one float. parallel_for may be
+ * null: then all is done here. */
 SIMAN_API siman_status siman_run(const siman_conv* conv, const float* x, const int64_t image[4], const float* residual,
                                  int residual_is_full, float* y, siman_parallel_for parallel_for, void* pool);
 
