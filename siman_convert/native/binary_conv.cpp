@@ -37,27 +37,28 @@ const uint8_t* BinaryConv::tap(const uint8_t* weights, int64_t filter, int64_t a
 }
 
 std::unique_ptr<double[]> BinaryConv::sum_samples(const Job& job) const {
-  constexpr size_t kBlocks = kTaskFloats / kSumBlock;
-  const size_t sum_blocks = round_up_div(job.sample, kSumBlock), tasks = round_up_div(sum_blocks, kBlocks);
+  const size_t sum_blocks = round_up_div(job.sample, kSumBlock), tasks = round_up_div(job.sample, kTaskFloats);
   auto sums = std::make_unique<double[]>(static_cast<size_t>(job.samples) * sum_blocks);
   for_each(job.pool, tasks * static_cast<size_t>(job.samples), [&](size_t i) {
-    const size_t sample = i / tasks, begin = i % tasks * kBlocks, end = std::min(begin + kBlocks, sum_blocks);
+    const size_t sample = i / tasks, task = i % tasks, end = (task + 1) * sum_blocks / tasks;
     const float* x = job.x(static_cast<int64_t>(sample));
-    for (size_t b = begin; b < end; ++b)
+    for (size_t b = task * sum_blocks / tasks; b < end; ++b)
       sums[sample * sum_blocks + b] =
           kernels_.sum_block(x + b * kSumBlock, std::min(kSumBlock, job.sample - b * kSumBlock));
   });
   return sums;
 }
 
+// Tasks of nearly the same number of whole vectors.
 void BinaryConv::pack(const Job& job) const {
+  constexpr size_t kVector = 16;
   const auto sums = geometry_.center ? sum_samples(job) : nullptr;
-  const size_t sum_blocks = round_up_div(job.sample, kSumBlock);
-  const size_t pixels = std::max(kTaskFloats / (job.sample / job.plane) / 16 * 16, size_t{16});
-  const size_t tasks = round_up_div(job.plane, pixels);
+  const size_t sum_blocks = round_up_div(job.sample, kSumBlock), vectors = round_up_div(job.plane, kVector);
+  const size_t tasks = std::min(round_up_div(job.sample, kTaskFloats), vectors);
   for_each(job.pool, tasks * static_cast<size_t>(job.samples), [&](size_t i) {
     const auto sample = static_cast<int64_t>(i / tasks);
-    const size_t begin = i % tasks * pixels, end = std::min(begin + pixels, job.plane);
+    const size_t begin = i % tasks * vectors / tasks * kVector;
+    const size_t end = std::min((i % tasks + 1) * vectors / tasks * kVector, job.plane);
     const float threshold = sums ? mean(sums.get() + i / tasks * sum_blocks, sum_blocks, job.sample) : 0.0f;
     for (int64_t g = 0; g < geometry_.group; ++g) pack_pixels(job, {sample, g, threshold, begin, end});
   });
