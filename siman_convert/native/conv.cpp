@@ -105,8 +105,6 @@ int64_t Conv::count_bands(const Job& job) const {
 void Conv::convolve_samples(const Job& job) const {
   const int64_t out_h = job.output[2], bands = count_bands(job);
   const int64_t kept_rows = std::min(pool_.kernel[0], job.convolved[0]);
-  const size_t kept_bytes =
-      pools() ? static_cast<size_t>(kept_rows * job.convolved[1] * kernel_.lanes * kernel_.vectors) * sizeof(float) : 0;
   std::atomic<bool> no_memory = false;  // an exception cannot leave a task
   const size_t per_sample = block_count_ * static_cast<size_t>(bands);
   for_each(job.pool, per_sample * static_cast<size_t>(job.samples), [&](size_t i) {
@@ -116,7 +114,9 @@ void Conv::convolve_samples(const Job& job) const {
     task.row_begin = band * out_h / bands;
     task.row_end = (band + 1) * out_h / bands;
     Bytes kept;
-    if (kept_bytes) {
+    if (pools()) {
+      const size_t kept_bytes =
+          static_cast<size_t>(kept_rows * job.convolved[1] * kernel_.lanes * task.vectors) * sizeof(float);
       kept.reset(static_cast<uint8_t*>(::operator new (kept_bytes, std::align_val_t{64}, std::nothrow)));
       if (!kept) return no_memory.store(true);
       task.kept = reinterpret_cast<float*>(kept.get());

@@ -7,7 +7,16 @@ namespace {
 
 constexpr int64_t kTaskMacs = 1 << 25;  // some ten microseconds
 constexpr int64_t kLeastChannels = 16, kLeastFilters = 16;
-constexpr int64_t kMostReach = 16;  // of pads, strides and dilated kernels
+constexpr int64_t kMostReach = 16;         // of strides and dilated kernels
+constexpr int64_t kMostDropped = 6;        // positions at the end of a row that are none of the output
+constexpr int64_t kMostPadding = 1 << 22;  // bytes of a sample, so that a small X stays small
+
+// Bytes of one pixel of all groups, times the padding of an image of one pixel, and what is read beyond it.
+int64_t padding_bytes(const Geometry& g, const MatrixKernels& matrix) {
+  const int64_t unit = matrix.kernel.unit_bytes, units = (g.channels + unit - 1) / unit;
+  const int64_t rows = g.pads[0] + g.pads[2] + g.strides[0], columns = g.pads[1] + g.pads[3] + g.strides[1];
+  return g.group * unit * (units * rows * columns + matrix.most_positions * g.strides[1]);
+}
 
 }  // namespace
 
@@ -16,10 +25,11 @@ bool MatrixConv::suits(const Geometry& g, const Variant& variant) {
     return false;
   for (int i = 0; i < 2; ++i) {
     if (g.kernel[i] > kMostReach || g.dilations[i] > kMostReach || g.strides[i] > kMostReach) return false;
-    if ((g.kernel[i] - 1) * g.dilations[i] >= kMostReach) return false;
-    if (g.pads[i] > kMostReach || g.pads[2 + i] > kMostReach) return false;
+    const int64_t reach = (g.kernel[i] - 1) * g.dilations[i];
+    if (reach >= kMostReach || g.pads[i] > reach || g.pads[2 + i] > reach) return false;
   }
-  return true;
+  const int64_t dropped = (g.kernel[1] - 1) * g.dilations[1] / g.strides[1];
+  return dropped <= kMostDropped && padding_bytes(g, variant.matrix) <= kMostPadding;
 }
 
 MatrixConv::MatrixConv(const Geometry& geometry, const uint8_t* weights, const float* scale, const float* bias,

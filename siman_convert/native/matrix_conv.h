@@ -8,7 +8,7 @@ namespace siman {
 class MatrixConv final : public BinaryConv {
  public:
   // Whether the variant has such a kernel, and the geometry makes it worth while: few channels or filters leave the
-  // matrices empty, and far taps make the image with its padding large.
+  // matrices empty, and far taps make the image with its padding large, and much of a row none of the output.
   static bool suits(const Geometry& geometry, const Variant& variant);
 
   MatrixConv(const Geometry& geometry, const uint8_t* weights, const float* scale, const float* bias,

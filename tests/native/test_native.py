@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -121,6 +122,7 @@ SHAPES = {  # what networks have: channels, filters, size, and what differs from
     "5x5, dilated, asymmetric": (130, 33, 20, {"kernel": (5, 5), "pads": [3, 0, 6, 8], "dilations": [2, 2]}),
     "groups": (96, 96, 15, {"group": 3, "strides": [3, 1]}),
     "beyond what tiles are for": (64, 64, 9, {"pads": [0, 40, 30, 0], "dilations": [9, 17]}),
+    "as wide as its kernel": (64, 64, 9, {"kernel": (1, 9), "pads": [0] * 4}),
     "one output pixel": (64, 64, 3, {"pads": [0] * 4}),
     "pads that no tap reaches": (32, 32, 8, {"pads": [2, 3, 3, 2], "strides": [3, 3], "kernel": (2, 1)}),
 }
@@ -140,6 +142,27 @@ def test_shapes_of_networks(library, name, threads):
         if supported:
             Y = library.conv(X, W, scale, bias, residual, slope, **attributes, variant=variant, threads=threads)
             assert_same_with_signs(Y, expected)
+
+
+def peak_memory():
+    """KB, since "5" was written to /proc/self/clear_refs."""
+    (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return int(line.split()[1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory by /proc")
+def test_padding_does_not_make_a_small_image_large(library):
+    """One pixel of 262,144 channels, 1 MB, and 48x48 with what is around it."""
+    channels = 1 << 18
+    changes = {"kernel": (1, 1), "pads": [16] * 4, "strides": [16, 16]}
+    layer, attributes = make_layer(np.random.default_rng(0), channels, 16, **changes)
+    X = np.ones((1, channels, 1, 1), np.float32)
+    for variant, supported in library.variants().items():
+        if supported:
+            Path("/proc/self/clear_refs").write_text("5")
+            before = peak_memory()
+            library.conv(X, *layer, **attributes, variant=variant)
+            assert peak_memory() - before < 100_000
 
 
 def test_the_first_supported_variant_is_the_default(library, monkeypatch):

@@ -64,11 +64,12 @@ SIMAN_NOINLINE void multiply(const ConvTask& t, int64_t position, Ahead ahead, W
   const int64_t taps = t.rows.kernel * t.columns.kernel, units = t.units, steps = taps * units, stride = t.rows.stride;
   const size_t step = static_cast<size_t>(t.columns.stride) * t.pixel_bytes;
   const uint8_t* weights = t.weights;
-  const uint8_t* from = t.packed + static_cast<size_t>(position) * step;
+  const uint8_t* image = t.packed + static_cast<size_t>(position) * step;
   int64_t done = 0;
   Matrix::template clear<T>();
   Matrix::expand_weights(weights, expanded[0]);
-  for (int64_t u = 0; u < units; ++u, from += t.unit_bytes) {
+  for (int64_t u = 0; u < units; ++u) {
+    const uint8_t* from = image + static_cast<size_t>(u) * t.unit_bytes;
     for (int64_t i = 0; i < t.rows.kernel; ++i) {
       const int64_t below = i * t.rows.dilation, row = below % stride * t.rows.in + below / stride;
       const uint8_t* pixels = from + static_cast<size_t>(row * t.columns.in) * t.pixel_bytes;
