@@ -106,6 +106,7 @@ def _parse(data: bytes) -> OnnxFile:
         model = onnx.ModelProto.FromString(data)
     except DecodeError:
         raise InputError("damaged or not an ONNX file; export it again") from None
+    _check_text(model)
     found = [prop.value for prop in model.metadata_props if prop.key == KEY]
     if len(found) != 1 or not model.HasField("graph"):
         raise InputError("not an ONNX file that siman exported (no `siman` metadata); `siman export` writes one")
@@ -143,6 +144,17 @@ def _metadata(text: str) -> tuple[Description, Variant]:
             f"its metadata says input {kind!r}, int8 {int8!r}; expected {NORMALISED!r} or {IMAGE!r}, a boolean"
         )
     return from_metadata(values, "its metadata"), Variant(kind == IMAGE, int8)
+
+
+def _check_text(message: Any) -> None:
+    """Every string, of subgraphs and functions too, is UTF-8: protobuf reads others, as bytes, and writes none."""
+    for field, value in message.ListFields():
+        parts = value if field.is_repeated else (value,)
+        if field.type == field.TYPE_STRING and not all(isinstance(part, str) for part in parts):
+            raise InputError(f"text in it ({field.name}) is not UTF-8; export it again")
+        if field.message_type is not None:
+            for part in parts:
+                _check_text(part)
 
 
 def _check_tensors(model: onnx.ModelProto) -> None:

@@ -1,9 +1,11 @@
 """Coverage-guided fuzzing of one reader: `python tests/fuzz READER [SECONDS]`, with `pip install -e '.[fuzz]'`.
 
 Starts from seeds/READER. Ends with the first finding, whose input is written to fuzz-READER-*, or after SECONDS (60) with the
-number of executions. Each has to answer in 10 s with less than 2 GB of memory in all.
+number of executions. Each has to answer in 10 s with less than 2 GB of memory in all. SIMAN_FUZZ_SEED makes it repeat
+itself: the same inputs in the same order, as far as the time allows.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -43,6 +45,7 @@ def main() -> None:
     found = SCRATCH / "corpus"  # what reaches new code goes into the first folder named
     found.mkdir()
     limits = [f"-max_total_time={seconds}", "-timeout=10", "-rss_limit_mb=2048", "-max_len=16384"]
+    limits.append(f"-seed={os.environ.get('SIMAN_FUZZ_SEED', '0')}")  # 0: a random one
     report = ["-print_final_stats=1", f"-artifact_prefix=fuzz-{reader}-"]
     atheris.Setup([sys.argv[0], *limits, *report, str(found), str(SEEDS / reader)], READERS[reader])
     atheris.Fuzz()

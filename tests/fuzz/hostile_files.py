@@ -146,6 +146,12 @@ def _binary(model: onnx.ModelProto) -> onnx.NodeProto:
     return next(node for node in model.graph.node if node.domain == "siman")
 
 
+def _no_text() -> bytes:
+    data = seed("onnx/plain")
+    name = _binary(onnx.ModelProto.FromString(data)).input[0].encode()
+    return forge_onnx(data.replace(name, b"\xff" + name[1:]))
+
+
 def _attribute(name: str, value: Any) -> Bytes:
     def change(model: onnx.ModelProto) -> None:
         node = _binary(model)
@@ -205,6 +211,7 @@ ONNX: Mapping[str, Bytes] = {
     "unknown attribute": _attribute("script", "import os"),
     "one input": graph(lambda model: _binary(model).input.__delitem__(slice(1, None))),
     "value that is none": graph(lambda model: _binary(model).input.__setitem__(0, "nowhere")),
+    "value whose name is no text": _no_text,
     "value from itself": graph(lambda model: _binary(model).input.__setitem__(0, _binary(model).output[0])),
     "no function": graph(lambda model: model.ClearField("functions")),
     "function that calls itself": graph(
