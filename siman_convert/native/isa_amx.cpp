@@ -39,10 +39,14 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
   Tiles& operator=(const Tiles&) = delete;
 
-  // 64 bits to as many bytes: +1 where set, else -1; 0 where `valid` is not.
+  // +1 where a bit is set, else -1.
+  SIMAN_INLINE static __m512i signs(uint64_t bits) {
+    return _mm512_mask_mov_epi8(_mm512_set1_epi8(-1), _cvtu64_mask64(bits), _mm512_set1_epi8(1));
+  }
+
+  // 64 bits to as many bytes, 0 where `valid` is not set.
   static void expand(uint64_t bits, uint64_t valid, uint8_t* to) {
-    const __m512i both = _mm512_mask_mov_epi8(_mm512_set1_epi8(-1), _cvtu64_mask64(bits), _mm512_set1_epi8(1));
-    _mm512_storeu_si512(to, _mm512_maskz_mov_epi8(_cvtu64_mask64(valid), both));
+    _mm512_storeu_si512(to, _mm512_maskz_mov_epi8(_cvtu64_mask64(valid), signs(bits)));
   }
 
   // The weights of one unit, as a tile wants them: a row is 4 channels of 16 filters.
@@ -50,8 +54,7 @@ struct Tiles {
     for (int row = 0; row < 16; ++row) {
       uint64_t word;
       __builtin_memcpy(&word, bits + 8 * row, 8);
-      const __m512i both = _mm512_mask_mov_epi8(_mm512_set1_epi8(-1), _cvtu64_mask64(word), _mm512_set1_epi8(1));
-      _mm512_store_si512(to + 64 * row, both);
+      _mm512_store_si512(to + 64 * row, signs(word));
     }
   }
 
