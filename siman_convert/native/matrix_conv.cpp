@@ -59,12 +59,12 @@ MatrixConv::Image MatrixConv::image(const Job& job) const {
   return {strides[0], (rows + strides[0] - 1) / strides[0], (columns + strides[1] - 1) / strides[1] * strides[1]};
 }
 
-size_t MatrixConv::unit_bytes(const Job& job) const { return image(job).pixels() * pixel_bytes_; }
+size_t MatrixConv::unit_bytes(const Image& image) const { return image.pixels() * pixel_bytes_; }
 
 // With what is read beyond the last position.
 size_t MatrixConv::image_bytes(const Job& job) const {
   const auto beyond = static_cast<size_t>(variant().matrix.most_positions * geometry_.strides[1]);
-  return unit_bytes(job) * static_cast<size_t>(units_) + beyond * pixel_bytes_;
+  return unit_bytes(image(job)) * static_cast<size_t>(units_) + beyond * pixel_bytes_;
 }
 
 // The image, and then its bits.
@@ -79,14 +79,13 @@ void MatrixConv::pack_pixels(const Job& job, const Pixels& p) const {
   const Image to = image(job);
   const auto width = static_cast<size_t>(job.run.image[3]), channels = static_cast<size_t>(geometry_.channels);
   const auto left = static_cast<size_t>(geometry_.pads[1]), columns = static_cast<size_t>(to.columns);
-  const size_t room = columns > left ? columns - left : 0, used = width < room ? width : room;
+  const size_t bytes = unit_bytes(to), room = columns > left ? columns - left : 0, used = width < room ? width : room;
   for (size_t pixel = p.begin; pixel < p.end;) {
     const size_t x = pixel % width, end = std::min(pixel - x + width, p.end);
     const int64_t row = static_cast<int64_t>(pixel / width) + geometry_.pads[0];
     if (row < to.phases * to.rows && x < used) {
       uint8_t* first = packed + (to.first(row) + left + x) * pixel_bytes_;
-      variant().matrix.spread(
-          {bits + pixel * bit_bytes_, channels, std::min(end - pixel, used - x), first, unit_bytes(job)});
+      variant().matrix.spread({bits + pixel * bit_bytes_, channels, std::min(end - pixel, used - x), first, bytes});
     }
     pixel = end;
   }
@@ -96,6 +95,7 @@ void MatrixConv::pack_pixels(const Job& job, const Pixels& p) const {
 // Of the rows that begin among these pixels; with the first of X what is above, with the last what is below.
 void MatrixConv::clear_padding(const Job& job, const Pixels& p, uint8_t* packed) const {
   const Image to = image(job);
+  const size_t bytes = unit_bytes(to);
   const auto width = static_cast<size_t>(job.run.image[3]);
   const int64_t above = geometry_.pads[0], left = geometry_.pads[1], rows = to.phases * to.rows;
   const auto first = static_cast<int64_t>(round_up_div(p.begin, width)),
@@ -104,7 +104,7 @@ void MatrixConv::clear_padding(const Job& job, const Pixels& p, uint8_t* packed)
   for (int64_t row = begin; row < std::min(end, rows); ++row) {
     const bool is_image = row >= above && row < above + job.run.image[2];
     for (int64_t u = 0; u < units_; ++u) {
-      uint8_t* unit = packed + static_cast<size_t>(u) * unit_bytes(job);
+      uint8_t* unit = packed + static_cast<size_t>(u) * bytes;
       clear_columns(to, row, 0, is_image ? left : to.columns, unit);
       if (is_image) clear_columns(to, row, left + job.run.image[3], to.columns, unit);
     }
@@ -123,7 +123,7 @@ void MatrixConv::describe(const Job& job, const Block&, ConvTask& task) const {
   const auto axis = [&](int64_t in, int i) {
     return Axis{in, job.convolved[i], geometry_.kernel[i], geometry_.strides[i], 0, geometry_.dilations[i]};
   };
-  task.unit_bytes = unit_bytes(job);
+  task.unit_bytes = unit_bytes(from);
   task.rows = axis(from.rows, 0);
   task.columns = axis(from.columns, 1);
 }

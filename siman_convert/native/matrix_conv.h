@@ -26,7 +26,7 @@ class MatrixConv final : public BinaryConv {
 
   int64_t needed(const Job& job, int axis) const;
   Image image(const Job& job) const;
-  size_t unit_bytes(const Job& job) const;
+  size_t unit_bytes(const Image& image) const;
   size_t image_bytes(const Job& job) const;
   void clear_padding(const Job& job, const Pixels& pixels, uint8_t* packed) const;
   void clear_columns(const Image& image, int64_t row, int64_t begin, int64_t end, uint8_t* packed) const;
