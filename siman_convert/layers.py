@@ -274,7 +274,9 @@ class BinaryConv(torch.autograd.Function):
         def convolved(samples: Tensor, thresholds: Tensor) -> Tensor:
             signs, pads = pad_signs(signs_of(samples, thresholds, weight.dtype), geometry.pads)
             y = F.conv2d(signs, weight, None, geometry.stride, pads, geometry.dilation, geometry.groups)
-            return (y.round_() if exact else y).mul_(scale)
+            y = y.round_() if exact else y
+            # Compiled by torch 2.11, an output that was changed in place has no gradient.
+            return y * scale if torch.compiler.is_compiling() else y.mul_(scale)
 
         return joined((convolved(*piece) for piece in pieces(x, threshold, least=bw.numel())), len(x))
 
@@ -344,6 +346,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def signs_of(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """+1 where x >= threshold, else -1 (for NaN too). Comparing straight into `dtype` saves a pass over a bool tensor."""
+    if torch.compiler.is_compiling():  # which has no `out=` in channels_last, and saves the pass itself
+        return torch.where(x >= threshold, 1.0, -1.0).to(dtype)
     signs = torch.ge(x, threshold, out=torch.empty_like(x, dtype=dtype))
     return torch.add(signs.new_full((), -1.0), signs, alpha=2, out=signs)
 
@@ -363,8 +367,8 @@ def _unpadded(grad: Tensor, pads: tuple[int, int, int, int], samples: Tensor) ->
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
-    device = x.device.type  # "meta" knows no autocast
-    mixed = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    device = x.device.type
+    mixed = device != "meta" and torch.is_autocast_enabled(device)  # "meta" knows no autocast
     return torch.get_autocast_dtype(device) if mixed else x.dtype
 
 
