@@ -31,8 +31,9 @@ const char* const kMessages[] = {
     "X must be (N, channels*group, H, W) with H and W at least 1",
     "the dilated kernel is larger than the padded image of X",
     "X, W or Y has more than 2147483647 elements",
-    "SIMAN_ISA or variant: unknown name; known are amx, avx512, avx2, neon and scalar",
-    "SIMAN_ISA or variant: this processor or build cannot run it; known are amx, avx512, avx2, neon and scalar",
+    "SIMAN_ISA or variant: unknown name; known are amx, avx512, avx512vnni, avx2, neon and scalar",
+    "SIMAN_ISA or variant: this processor or build cannot run it; known are amx, avx512, avx512vnni, avx2, neon and "
+    "scalar",
     "a quantized convolution has group 1, dilations 1 and center 0",
     "channels*kH*kW must be at most 518, so that sums of 8-bit products are exact in float32",
     "W must be in -127..127",
@@ -44,7 +45,7 @@ const char* const kMessages[] = {
 };
 static_assert(sizeof(kMessages) / sizeof(kMessages[0]) == SIMAN_NO_MEMORY + 1);
 
-constexpr const char* kKnown[] = {"amx", "avx512", "avx2", "neon", "scalar"};
+constexpr const char* kKnown[] = {"amx", "avx512", "avx512vnni", "avx2", "neon", "scalar"};
 
 bool is_known(const char* name) {
   for (const char* known : kKnown)

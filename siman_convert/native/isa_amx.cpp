@@ -16,6 +16,7 @@ namespace {
 #include "kernels/words.inl"
 #include "kernels/codes.inl"
 #include "kernels/avx512.inl"
+#include "kernels/vpopcnt.inl"
 
 // Tile registers 0 to 3 hold sums, 4 to 6 pixels, 7 weights. GCC's intrinsics do not say that they touch memory.
 struct Tiles {

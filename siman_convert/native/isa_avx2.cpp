@@ -1,8 +1,5 @@
-// AVX2 has no instruction that counts bits. The usual way splits xor into nibbles and looks each up in a table of
-// counts: 8 instructions for 256 bits (xor, 2 and, shift, 2 shuffles, 2 adds). Here the table itself holds the xor: for
-// an activation nibble a, entry w is popcount(a ^ w), and the shuffle's index is a nibble of weights, one filter to a
-// byte: 2 instructions (shuffle, add) for 4 channels of 32 filters, 4 for 256 bits. Table and index are loads that a
-// tile of 2 vectors x 6 pixels shares.
+// AVX2 has no instruction that counts bits: nibbles are looked up, see kernels/nibbles.inl. Table and index are loads
+// that a tile of 2 vectors x 6 pixels shares.
 //
 // Measured on a Zen 3 (128 and 256 MAC a cycle predicted by 4 vector pipes): nibbles of xor 118, the same after
 // carry-save adders 132, this 205.
@@ -17,23 +14,10 @@ namespace {
 #include "kernels/one_lane.inl"
 #include "kernels/avx2.inl"
 #include "kernels/codes.inl"
+#include "kernels/nibbles.inl"
 
-struct Tables {
-  alignas(16) uint8_t differing[16][16];  // [activation][weight]
-
-  constexpr Tables() : differing() {
-    for (int a = 0; a < 16; ++a)
-      for (int w = 0; w < 16; ++w) differing[a][w] = static_cast<uint8_t>(__builtin_popcount(a ^ w));
-  }
-};
-
-constexpr Tables kTables;
-
-// A unit is a nibble of 4 channels. In a pixel it is a byte that holds the offset of its table, 16 times the nibble.
-struct Ops {
-  static constexpr int kLanes = 32, kVectors = 2, kFewVectors = 1, kPixels = 6;
-  static constexpr int kUnitChannels = 4, kUnitBytes = 1, kWordBytes = 16, kVectorBytes = 32;
-  static constexpr int64_t kUnitsPerFlush = 63, kFlushes = 260;  // 63*4 < 2^8, 260*63*4 < 2^16
+struct Ops : NibbleLayout<32> {
+  static constexpr int kVectors = 2, kFewVectors = 1, kPixels = 6;
   using Weights = __m256i;
   using Activation = __m256i;
   using Part = __m256i;  // 32 bytes
@@ -42,10 +26,7 @@ struct Ops {
   };
 
   static Weights load(const uint8_t* bytes) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)); }
-  static Activation broadcast(const uint8_t* unit) {
-    const auto* table = reinterpret_cast<const uint8_t*>(kTables.differing) + *unit;
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table)));
-  }
+  static Activation broadcast(const uint8_t* unit) { return _mm256_broadcastsi128_si256(table_of(unit)); }
   template <class Value>
   static Value opaque(Value value) {
     __asm__ volatile("" : "+x"(value));
@@ -71,21 +52,6 @@ struct Ops {
     const __m256i twice = _mm256_slli_epi32(_mm256_cvtepu16_epi32(counts), 1);
     const __m256i from = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(base));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(acc), _mm256_sub_epi32(from, twice));
-  }
-
-  static void store_word(uint8_t* out, uint64_t word) {
-    const __m128i bytes = _mm_set_epi64x(0, static_cast<int64_t>(word)), upper = _mm_set1_epi8(static_cast<char>(0xF0));
-    const __m128i even = _mm_and_si128(_mm_slli_epi16(bytes, 4), upper), odd = _mm_and_si128(bytes, upper);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_unpacklo_epi8(even, odd));
-  }
-
-  // Byte 2k of a vector is filter k, byte 2k+1 is filter 16+k: flushing then leaves the filters in order.
-  static void place(const uint8_t* tap, size_t tap_bytes, int lane, uint8_t* vector, size_t unit_stride) {
-    uint8_t* at = vector + 2 * (lane % 16) + lane / 16;
-    for (size_t b = 0; b < tap_bytes; ++b, at += 2 * unit_stride) {
-      at[0] = tap[b] & 15;
-      if (tap[b] >> 4) at[unit_stride] = tap[b] >> 4;  // there may be no such unit; padding bits are 0
-    }
   }
 };
 

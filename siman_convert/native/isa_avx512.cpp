@@ -15,6 +15,7 @@ namespace {
 #include "kernels/words.inl"
 #include "kernels/codes.inl"
 #include "kernels/avx512.inl"
+#include "kernels/vpopcnt.inl"
 
 }  // namespace
 

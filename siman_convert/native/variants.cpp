@@ -13,7 +13,7 @@
 
 namespace siman {
 
-extern const Variant kScalar, kAvx2, kAvx512, kAmx, kNeon;
+extern const Variant kScalar, kAvx2, kAvx512Vnni, kAvx512, kAmx, kNeon;
 
 namespace {
 
@@ -39,10 +39,11 @@ bool has(uint32_t in_ebx, uint32_t in_ecx) {
 
 bool has_avx2() { return registers_are_saved(kYmmState) && has(bit_AVX2, 0); }
 
-bool has_avx512() {
-  return registers_are_saved(kZmmState) &&
-         has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL, bit_AVX512VPOPCNTDQ | bit_AVX512VNNI);
+bool has_avx512vnni() {
+  return registers_are_saved(kZmmState) && has(bit_AVX2 | bit_AVX512F | bit_AVX512BW | bit_AVX512VL, bit_AVX512VNNI);
 }
+
+bool has_avx512() { return has_avx512vnni() && has(0, bit_AVX512VPOPCNTDQ); }
 
 #if SIMAN_AMX
 // The kernel has to be asked before a process may use the tiles; it refuses where it does not know them, or where a
@@ -72,7 +73,8 @@ const NamedVariant kVariants[] = {
 #if SIMAN_AMX
     {&kAmx, has_amx},
 #endif
-    {&kAvx512, has_avx512}, {&kAvx2, has_avx2},
+    {&kAvx512, has_avx512}, {&kAvx512Vnni, has_avx512vnni},
+    {&kAvx2, has_avx2},
 #elif defined(__aarch64__)
     {&kNeon, always},
 #endif

@@ -80,7 +80,7 @@ void check_refused_creations() {
   odd.geometry.channels = 1 << 23;
   expect(try_create(odd, nullptr, &conv), SIMAN_TOO_MANY_TAPS);
   expect(try_create(c, "", &conv), SIMAN_UNKNOWN_VARIANT);
-  for (const char* name : {"amx", "avx512", "avx2", "neon", "scalar"}) {
+  for (const char* name : {"amx", "avx512", "avx512vnni", "avx2", "neon", "scalar"}) {
     bool is_here = false;
     for (size_t i = 0; siman_variant_name(i); ++i)
       is_here = is_here || (siman_variant_supported(i) && !std::strcmp(siman_variant_name(i), name));

@@ -13,7 +13,7 @@ from test_onnx_op import layer as make_layer
 
 from siman_convert.runtime.reference import binary_conv2d
 
-VARIANTS = ("amx", "avx512", "avx2", "neon", "scalar")
+VARIANTS = ("amx", "avx512", "avx512vnni", "avx2", "neon", "scalar")
 ODD = np.array([0.0, -0.0, 1e-45, -1e-45, 1e-39, -1e-39, np.inf, -np.inf, np.nan, 1.0, -1.0], np.float32)
 
 
@@ -188,7 +188,7 @@ def test_the_environment_forces_a_variant(library, monkeypatch):
 @pytest.mark.parametrize(("name", "message"), [("avx1024", "unknown name"), ("", "unknown name")])
 def test_unknown_variant(library, monkeypatch, name, message):
     monkeypatch.setenv("SIMAN_ISA", name)
-    with pytest.raises(NativeError, match=f"{message}; known are amx, avx512, avx2, neon and scalar"):
+    with pytest.raises(NativeError, match=f"{message}; known are amx, avx512, avx512vnni, avx2, neon and scalar"):
         library.conv(**one_layer())
 
 

@@ -81,7 +81,7 @@ def test_residuals_whose_memory_becomes_that_of_y(library, size):
         np.testing.assert_array_equal(opened.run(None, {"x": X})[0], conv(3, y2, y0) + np.abs(X))
 
 
-@pytest.mark.parametrize("variant", ["amx", "avx512", "avx2", "neon", "scalar"])
+@pytest.mark.parametrize("variant", ["amx", "avx512", "avx512vnni", "avx2", "neon", "scalar"])
 def test_the_kernel_runs_not_the_function(library, chain, variant, monkeypatch, tmp_path):
     if not library.variants().get(variant):
         pytest.skip(f"{variant} does not run on this processor")
@@ -126,7 +126,7 @@ def test_two_sessions_in_two_threads(library, chain):
 
 def test_unknown_variant_is_an_error_of_the_session(library, chain, monkeypatch):
     monkeypatch.setenv("SIMAN_ISA", "avx3")
-    with pytest.raises(Exception, match="SIMAN_ISA.*known are amx, avx512, avx2, neon and scalar"):
+    with pytest.raises(Exception, match="SIMAN_ISA.*known are amx, avx512, avx512vnni, avx2, neon and scalar"):
         session(library, make_model(chain))
 
 

@@ -1,5 +1,5 @@
-// What the variants with AVX-512 share: 16 floats, 8 doubles, and the steps of their inner loops: xor, count and add
-// for 512 bits, that is 32 channels of 16 filters; with VNNI, 4 codes of 16 filters, multiplied and added.
+// What the variants with AVX-512 share: 16 floats, 8 doubles, and with VNNI the step of the quantized convolution: 4
+// codes of 16 filters, multiplied and added.
 
 struct SixteenFloats {
   static constexpr int kLanes = 16;
@@ -103,23 +103,6 @@ struct SixteenInts {
   static void zero(Part& part) { part = _mm512_setzero_si512(); }
   static void zero(Wide& wide) { wide.sum = _mm512_setzero_si512(); }
   static void flush(Part& part, Wide& wide) { wide.sum = part; }  // nothing was there before
-};
-
-struct Ops : SixteenInts, WordLayout<16, uint32_t> {
-  static constexpr int64_t kUnitsPerFlush = kMostUnits, kFlushes = 1;
-
-  template <class Value>
-  static Value opaque(Value value) {
-    __asm__ volatile("" : "+v"(value));
-    return value;
-  }
-  static void count(Part& part, Weights w, Activation a) {
-    part = _mm512_add_epi32(part, _mm512_popcnt_epi32(_mm512_xor_si512(w, a)));
-  }
-  static void store(const Wide& wide, const int32_t* base, int32_t* acc) {
-    const __m512i twice = _mm512_add_epi32(wide.sum, wide.sum);
-    _mm512_storeu_si512(acc, _mm512_sub_epi32(_mm512_loadu_si512(base), twice));
-  }
 };
 
 // 4 codes of 8 bits without a sign times 4 weights with one, added to a sum of 32 bits.
