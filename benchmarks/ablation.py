@@ -27,6 +27,7 @@ import siman_convert
 from siman_convert.conversion import Options, Result
 from siman_convert.environment import describe_environment
 from siman_convert.evaluation import resolve_device
+from siman_convert.files import replacing
 from siman_convert.recipe import Recipe, load_recipe
 from siman_convert.runs import Run
 
@@ -144,7 +145,8 @@ def subset(source: Path, images: int, output: Path) -> Path:
         for kind, header in (("images-idx3-ubyte", 16), ("labels-idx1-ubyte", 8)):
             target = folder / f"{name}-{kind}"
             if not target.exists():
-                target.write_bytes(_first(_content(source, f"{name}-{kind}"), header, count))
+                with replacing(target) as temporary:
+                    temporary.write_bytes(_first(_content(source, f"{name}-{kind}"), header, count))
     return folder
 
 

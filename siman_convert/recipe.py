@@ -151,11 +151,6 @@ class Recipe(BaseModel):
             raise ValueError("shifts go before the sign and around PReLUs; they need prelu (--prelu)")
         if self.label_weight == 0 and not self.taught:
             raise ValueError("label_weight and distill_weight are both 0: nothing to learn from; expected one above 0")
-        staged = any(stage.distill_weight or stage.feature_weight for stage in self.stages)
-        if self.teacher is not None and not (self.taught or staged):
-            raise ValueError(
-                f"teacher {self.teacher!r} teaches nothing: distill_weight is 0; expected more, or no teacher"
-            )
         if 0 < self.epochs <= self.warmup_epochs:
             raise ValueError(
                 f"warmup_epochs {self.warmup_epochs} leave nothing of {self.epochs} epochs; expected fewer"
@@ -170,12 +165,17 @@ class Recipe(BaseModel):
             raise ValueError(
                 f"stages binarize {', '.join(kinds)}; expected activations (or weights) first and all from then on"
             )
+        taught = [] if self.stages else [self.taught]
         for number, stage in enumerate(self.stages, start=1):
             try:
-                self._of_stage(stage)
+                taught.append(self._of_stage(stage).taught)
             except ValidationError as error:
                 reason = error.errors()[0]["msg"].removeprefix("Value error, ")
                 raise ValueError(f"stage {number} of stages: {reason}") from None
+        if self.teacher is not None and not any(taught):
+            raise ValueError(
+                f"teacher {self.teacher!r} teaches nothing: distill_weight is 0; expected more, or no teacher"
+            )
         return self
 
     def _of_stage(self, stage: Stage) -> "Recipe":

@@ -90,6 +90,10 @@ def test_round_trip_and_digest() -> None:
         ({"final_calibration_images": -1}, r"final_calibration_images: .*greater than or equal to 0"),
         ({"distill_weight": 0, "label_weight": 0}, r"both 0: nothing to learn from"),
         ({"distill_weight": 0, "label_weight": 1, "teacher": "resnet50"}, r"teacher 'resnet50' teaches nothing"),
+        (
+            {"stages": [{"binarize": "all", "distill_weight": 0, "label_weight": 1}], "teacher": "resnet50"},
+            r"teacher 'resnet50' teaches nothing",
+        ),
     ],
 )
 def test_bad_fields_are_one_line(fields: dict[str, object], message: str) -> None:

@@ -41,6 +41,7 @@ const char* const kMessages[] = {
     "x_zero_point must be in 0..255",
     "pool_kernel and pool_strides must be in 1..2147483647, pool_pads from 0 and below pool_kernel",
     "the pool is larger than the padded image that it reads",
+    "seconds must be above 0 and at most 3600",
     "out of memory",
 };
 static_assert(sizeof(kMessages) / sizeof(kMessages[0]) == SIMAN_NO_MEMORY + 1);
@@ -137,6 +138,7 @@ int siman_variant_supported(size_t index) { return index < variant_count() && si
 siman_status siman_measure_ceiling(const char* variant, double seconds, double* per_second) {
   constexpr int64_t kSteps = 1 << 13;  // well under a millisecond: some runs are not interrupted
   if (!per_second) return SIMAN_NULL_ARGUMENT;
+  if (!(seconds > 0 && seconds <= 3600)) return SIMAN_BAD_SECONDS;
   const siman::Variant* chosen = nullptr;
   if (const siman_status status = choose(variant, &chosen); status != SIMAN_OK) return status;
   using Clock = std::chrono::steady_clock;

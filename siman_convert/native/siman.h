@@ -69,6 +69,7 @@ typedef enum siman_status {
   SIMAN_BAD_X_ZERO_POINT,
   SIMAN_BAD_POOL,
   SIMAN_POOL_LARGER_THAN_IMAGE,
+  SIMAN_BAD_SECONDS,
   SIMAN_NO_MEMORY
 } siman_status;
 
@@ -111,7 +112,8 @@ SIMAN_API const char* siman_variant_name(size_t index);
 SIMAN_API int siman_variant_supported(size_t index); /* 1 where this CPU can run it */
 
 /* One-bit multiplications a second that this core reaches with the inner step of a variant on registers alone, the best
-   of many short runs in about `seconds`: the ceiling of its convolutions. variant: as in siman_create. */
+   of many short runs in about `seconds`, above 0 and at most 3600: the ceiling of its convolutions. variant: as in
+   siman_create. */
 SIMAN_API siman_status siman_measure_ceiling(const char* variant, double seconds, double* per_second);
 
 #ifdef __cplusplus

@@ -221,12 +221,22 @@ void check_lifetimes() {
   siman_destroy(nullptr);
 }
 
+void check_refused_ceilings() {
+  double per_second = 0;
+  for (const double seconds : {0.0, -1.0, 1e9, double{INFINITY}, double{NAN}})
+    expect(siman_measure_ceiling("scalar", seconds, &per_second), SIMAN_BAD_SECONDS);
+  expect(siman_measure_ceiling("scalar", 0.01, nullptr), SIMAN_NULL_ARGUMENT);
+  expect(siman_measure_ceiling("", 0.01, &per_second), SIMAN_UNKNOWN_VARIANT);
+  require(per_second == 0, "nothing was measured");
+}
+
 }  // namespace
 
 int main() {
   check_refused_geometries();
   check_refused_creations();
   check_refused_runs();
+  check_refused_ceilings();
   check_refused_quantized_geometries();
   check_refused_quantized_creations();
   check_names();
