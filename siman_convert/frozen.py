@@ -158,7 +158,7 @@ def halved_names(model: nn.Module) -> set[str]:
 
 def integer_conv(x: Tensor, weight_bits: Tensor, channels: int, geometry: Geometry, center: bool = True) -> Tensor:
     """The operator's acc: x (N, C, H, W) float32 -> (N, O, Ho, Wo), whole numbers in float32."""
-    threshold = exact_mean(x) if center else x.new_zeros(1, 1, 1, 1)
+    threshold = exact_mean(x) if center else x.new_zeros(len(x), 1, 1, 1)
     signs, pads = pad_signs(signs_of(x, threshold, x.dtype), geometry.pads)
     weight = unpack(weight_bits, channels)
     return F.conv2d(signs, weight, None, geometry.stride, pads, geometry.dilation, geometry.groups).round_()

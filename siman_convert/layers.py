@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from siman_convert import binarize
+from siman_convert import binarize, sign_kernels
 from siman_convert.binarize import Selection
 from siman_convert.errors import InputError
-from siman_convert.pieces import joined, pieces
+from siman_convert.pieces import pieces, scaled_and_joined
 from siman_convert.timm_convs import effective_weight, is_understood, pads_to_same, same_pads
 
 Init = Literal["remap", "copy", "scratch"]
@@ -274,11 +274,9 @@ class BinaryConv(torch.autograd.Function):
         def convolved(samples: Tensor, thresholds: Tensor) -> Tensor:
             signs, pads = pad_signs(signs_of(samples, thresholds, weight.dtype), geometry.pads)
             y = F.conv2d(signs, weight, None, geometry.stride, pads, geometry.dilation, geometry.groups)
-            y = y.round_() if exact else y
-            # Compiled by torch 2.11, an output that was changed in place has no gradient.
-            return y * scale if torch.compiler.is_compiling() else y.mul_(scale)
+            return y.round_() if exact else y
 
-        return joined((convolved(*piece) for piece in pieces(x, threshold, least=bw.numel())), len(x))
+        return scaled_and_joined((convolved(*piece) for piece in pieces(x, threshold, least=bw.numel())), scale, len(x))
 
     @staticmethod
     @once_differentiable
@@ -298,14 +296,14 @@ class BinaryConv(torch.autograd.Function):
             grad_unscaled.add_(grad_weight)
             if wants_x:
                 inside = _unpadded(grad_signs, geometry.pads, samples)
-                out.copy_(sign_backward(inside, samples, thresholds, centred=ctx.center))
+                sign_backward(inside, samples, thresholds, out, centred=ctx.center)
         grad_alpha = torch.linalg.vecdot(grad_unscaled.flatten(1), bw.flatten(1)).to(alpha.dtype)
         grad_bw = grad_unscaled.mul_(alpha.to(bw.dtype).view(-1, 1, 1, 1))
         return grad_x if wants_x else None, None, grad_bw, grad_alpha, None, None, None
 
 
-def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor, *, centred: bool = True) -> Tensor:
-    """Gradient of sign(a), a = (x - mean) / std per sample over (C, H, W), with d sign(a)/da := max(0, 2 - 2|a|).
+def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor, out: Tensor, *, centred: bool) -> None:
+    """Write to `out` the gradient of sign(a), a = (x - mean) / std per sample over (C, H, W), d sign(a)/da := max(0, 2 - 2|a|).
 
     With p = grad_signs * max(0, 2 - 2|a|):  dL/dx = (p - mean(p) - a * sum(p*a) / (N - 1)) / std,  N = C*H*W.
     Here with c = x - mean and q = grad_signs * max(0, std - |c|), so p = 2q / std, which leaves fewer passes:
@@ -315,6 +313,8 @@ def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor, *, centred: bool 
     """
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     x, grad_signs = x.contiguous(memory_format=layout), grad_signs.contiguous(memory_format=layout)
+    if out.stride() == x.stride() and sign_kernels.are_for(x, mean, grad_signs, out):
+        return sign_kernels.sign_backward(grad_signs, x, mean, out, centred=centred)
     freedom = max(1, x[0].numel() - 1)
     c = _samples(x).to(mean.dtype) - mean.view(-1, 1)  # (N, C*H*W)
     variance = (_inner(c, c) / freedom).add_(binarize.EPS)
@@ -322,7 +322,8 @@ def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor, *, centred: bool 
     torch.sub(variance.sqrt(), q, out=q).relu_().mul_(_samples(grad_signs))
     if centred:
         q.addcmul_(c, _inner(q, c) / (variance * -freedom)).sub_(q.mean(dim=1, keepdim=True))
-    return _like(q.mul_(2 / variance), x)
+    out.copy_(_like(q.mul_(2 / variance), x))
+    return None
 
 
 def _like(samples: Tensor, x: Tensor) -> Tensor:
@@ -346,6 +347,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def signs_of(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """+1 where x >= threshold, else -1 (for NaN too). Comparing straight into `dtype` saves a pass over a bool tensor."""
+    if dtype == x.dtype and sign_kernels.are_for(x, threshold):
+        return sign_kernels.signs(x, threshold)
     if torch.compiler.is_compiling():  # which has no `out=` in channels_last, and saves the pass itself
         return torch.where(x >= threshold, 1.0, -1.0).to(dtype)
     signs = torch.ge(x, threshold, out=torch.empty_like(x, dtype=dtype))

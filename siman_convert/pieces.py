@@ -26,16 +26,20 @@ def pieces(*tensors: Tensor, least: int = 0) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(torch.split(tensor, rows) for tensor in tensors), strict=True)
 
 
-def joined(parts: Iterable[Tensor], count: int) -> Tensor:
-    """The parts one after another, `count` rows in all; unlike `torch.cat` it lets go of each before it takes the next."""
+def scaled_and_joined(parts: Iterable[Tensor], scale: Tensor, count: int) -> Tensor:
+    """The parts times `scale` one after another, `count` rows in all; they are gone afterwards.
+
+    Unlike `torch.cat` it lets go of each part before it takes the next, and their only copy is the product.
+    """
     whole, row = None, 0
     for part in parts:
         if len(part) == count:
-            return part
+            # Compiled by torch 2.11, an output that was changed in place has no gradient.
+            return part * scale if torch.compiler.is_compiling() else part.mul_(scale)
         if whole is None:
             layout = torch.contiguous_format if part.is_contiguous() else torch.channels_last
             whole = torch.empty((count, *part.shape[1:]), dtype=part.dtype, device=part.device, memory_format=layout)
-        whole[row : row + len(part)] = part
+        torch.mul(part, scale, out=whole[row : row + len(part)])
         row += len(part)
     assert whole is not None
     return whole

@@ -152,3 +152,24 @@ siman_status siman_measure_ceiling(const char* variant, double seconds, double* 
   }
   return SIMAN_OK;
 }
+
+siman_status siman_signs(const float* x, const float* means, size_t samples, size_t count, const char* variant,
+                         float* signs) {
+  const siman::Variant* chosen = nullptr;
+  if (const siman_status status = choose(variant, &chosen); status != SIMAN_OK) return status;
+  if (samples && count && (!x || !means || !signs)) return SIMAN_NULL_ARGUMENT;
+  for (size_t i = 0; count && i < samples; ++i)
+    chosen->training.signs({x + i * count, nullptr, count, means[i], false, signs + i * count});
+  return SIMAN_OK;
+}
+
+siman_status siman_sign_backward(const float* x, const float* means, const float* grad_signs, size_t samples,
+                                 size_t count, int centred, const char* variant, float* grad_x) {
+  const siman::Variant* chosen = nullptr;
+  if (const siman_status status = choose(variant, &chosen); status != SIMAN_OK) return status;
+  if (samples && count && (!x || !means || !grad_signs || !grad_x)) return SIMAN_NULL_ARGUMENT;
+  for (size_t i = 0; count && i < samples; ++i)
+    chosen->training.sign_backward(
+        {x + i * count, grad_signs + i * count, count, means[i], centred != 0, grad_x + i * count});
+  return SIMAN_OK;
+}

@@ -38,6 +38,7 @@ struct FourFloats {
   static Vec add(Vec a, Vec b) { return vaddq_f32(a, b); }
   static Vec larger(Vec v, Vec m) { return vbslq_f32(vcgtq_f32(v, m), v, m); }
   static Vec prelu(Vec v, Vec slope) { return vbslq_f32(vcgezq_f32(v), v, mul(slope, v)); }
+  static Vec signs(Vec x, Vec threshold) { return vbslq_f32(vcgeq_f32(x, threshold), set(1), set(-1)); }
   static Vec from_ints(const int32_t* x) { return vcvtq_f32_s32(vld1q_s32(x)); }
 
   static void transpose(Vec (&r)[4]) {

@@ -116,6 +116,14 @@ SIMAN_API int siman_variant_supported(size_t index); /* 1 where this CPU can run
    siman_create. */
 SIMAN_API siman_status siman_measure_ceiling(const char* variant, double seconds, double* per_second);
 
+/* Training. Of each of `samples` samples of `count` floats, in any order: signs, +1 where x >= means[i], else -1; and
+   the gradient of x, from that of the signs, as kernels/surrogate.inl has it. means: one float for each sample; they
+   are x's own where `centred`, else 0. No output may overlap an input. variant: as in siman_create. */
+SIMAN_API siman_status siman_signs(const float* x, const float* means, size_t samples, size_t count,
+                                   const char* variant, float* signs);
+SIMAN_API siman_status siman_sign_backward(const float* x, const float* means, const float* grad_signs, size_t samples,
+                                           size_t count, int centred, const char* variant, float* grad_x);
+
 #ifdef __cplusplus
 }
 #endif

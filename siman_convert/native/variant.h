@@ -114,11 +114,26 @@ struct MatrixKernels {
   int64_t (*count_registers)(int64_t steps, int32_t* sink);
 };
 
+// Training: see kernels/surrogate.inl.
+struct SignTask {
+  const float *x, *grad;  // grad: of the signs, null for the signs themselves
+  size_t count;
+  float mean;
+  bool centred;
+  float* out;
+};
+
+struct TrainingKernels {
+  void (*signs)(const SignTask& task);
+  void (*sign_backward)(const SignTask& task);
+};
+
 struct Variant {
   const char* name;
   BinaryKernels binary;
   QuantizedKernels quantized;
   MatrixKernels matrix;
+  TrainingKernels training;
 };
 
 struct NamedVariant {

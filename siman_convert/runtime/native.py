@@ -8,29 +8,20 @@ from __future__ import annotations
 
 import ctypes
 import os
-from functools import cache
 from numbers import Integral
 from pathlib import Path
 
 import onnxruntime
 
-import siman_convert
 from siman_convert.errors import InputError
+from siman_convert.library import find_library
 
-_NAMES = ("libsiman_native.so", "libsiman_native.dylib", "libsiman_native.dll")
 ISA = "SIMAN_ISA"  # environment variable that forces a variant
 MOST_THREADS = 1024  # of a session: thousands of them, all waiting busily, take minutes to start
 MISSING = (
     "the native kernels are not installed (there was no C++ compiler): binary convolutions run as ordinary ones, several times "
     "slower; install a compiler, then `pip install --force-reinstall --no-deps siman-convert`"
 )
-
-
-@cache
-def find_library() -> Path | None:
-    """The library's file, or None where it was not built."""
-    folders = [Path(folder) / "native" for folder in siman_convert.__path__]  # an editable install has two
-    return next((folder / name for folder in folders for name in _NAMES if (folder / name).is_file()), None)
 
 
 def variants() -> dict[str, bool]:

@@ -1,4 +1,5 @@
 // What the C interface refuses, with the status that says why; and convolutions that come and go.
+#include <array>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -221,6 +222,19 @@ void check_lifetimes() {
   siman_destroy(nullptr);
 }
 
+void check_refused_training() {
+  float f[8] = {}, *none = nullptr;
+  expect(siman_signs(f, f, 1, 4, "", f), SIMAN_UNKNOWN_VARIANT);
+  expect(siman_sign_backward(f, f, f, 1, 4, 1, "", f), SIMAN_UNKNOWN_VARIANT);
+  for (const auto& [x, means, grad, out] :
+       {std::array{none, f, f, f}, {f, none, f, f}, {f, f, none, f}, {f, f, f, none}})
+    expect(siman_sign_backward(x, means, grad, 1, 4, 1, nullptr, out), SIMAN_NULL_ARGUMENT);
+  for (const auto& [x, means, out] : {std::array{none, f, f}, {f, none, f}, {f, f, none}})
+    expect(siman_signs(x, means, 1, 4, nullptr, out), SIMAN_NULL_ARGUMENT);
+  expect(siman_signs(none, none, 0, 4, nullptr, none), SIMAN_OK);
+  expect(siman_sign_backward(none, none, none, 4, 0, 1, nullptr, none), SIMAN_OK);
+}
+
 void check_refused_ceilings() {
   double per_second = 0;
   for (const double seconds : {0.0, -1.0, 1e9, double{INFINITY}, double{NAN}})
@@ -237,6 +251,7 @@ int main() {
   check_refused_creations();
   check_refused_runs();
   check_refused_ceilings();
+  check_refused_training();
   check_refused_quantized_geometries();
   check_refused_quantized_creations();
   check_names();

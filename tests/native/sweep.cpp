@@ -1,6 +1,6 @@
-// Every variant this processor can run against plain loops over integers, sequentially and on three threads in a random
-// order; then two threads at once that run one convolution, and two that each make and run their own. Prints its seed;
-// `siman_sweep SEED COUNT` repeats a run.
+// Every variant this processor can run against plain loops (over integers, training in double), sequentially and on
+// three threads in a random order; then two threads at once that run one convolution, and two that each make and run
+// their own. Prints its seed; `siman_sweep SEED COUNT` repeats a run.
 #include "sweep.h"
 
 #include <algorithm>
@@ -57,6 +57,14 @@ void draw_epilogue(Random& random, Case& c) {
   c.slope =
       draw(random, 0, 1) ? Floats(filters, static_cast<float>(draw(random, 0, 1))) : draw_floats(random, filters, 1);
 }
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "failed: %s\n", what);
+  std::exit(1);
+}
+
+void require(siman_status status) { require(status == SIMAN_OK, siman_message(status)); }
 
 namespace {
 
@@ -139,14 +147,6 @@ void on_threads(void*, siman_task task, void* context, size_t count) {
   even.join();
 }
 
-void require(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  std::exit(1);
-}
-
-void require(siman_status status) { require(status == SIMAN_OK, siman_message(status)); }
-
 bool same(const Floats& got, const Floats& expected) {
   for (size_t i = 0; i < got.size(); ++i)
     if (got[i] != expected[i] && !(std::isnan(got[i]) && std::isnan(expected[i]))) return false;
@@ -227,11 +227,12 @@ void check_operator(Random& random, size_t cases, std::vector<CasePtr> all, Draw
 int main(int argc, char** argv) {
   const auto seed = argc > 1 ? static_cast<unsigned>(std::atoi(argv[1])) : 20u;
   const int cases = argc > 2 ? std::atoi(argv[2]) : 150;
-  std::printf("seed %u, %d cases of each operator\n", seed, cases);
+  std::printf("seed %u, %d cases of each operator and of training\n", seed, cases);
   using namespace sweep;
   Random random(seed);
   check_operator(random, static_cast<size_t>(cases), special_binary(), draw_binary, true);
   check_operator(random, static_cast<size_t>(cases), special_quantized(), draw_quantized, false);
+  check_training(random, static_cast<size_t>(cases));
   for (size_t i = 0; siman_variant_name(i); ++i)
     std::printf("%s: %s\n", siman_variant_name(i),
                 siman_variant_supported(i) ? "same as plain loops" : "not supported here");

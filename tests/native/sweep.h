@@ -40,4 +40,8 @@ Floats draw_floats(Random& random, size_t count, int kind);  // 0 <= kind < 5
 void draw_images(Random& random, Case& c, int kind);
 void draw_epilogue(Random& random, Case& c);
 
+void check_training(Random& random, size_t cases);
+void require(bool holds, const char* what);
+void require(siman_status status);
+
 }  // namespace sweep

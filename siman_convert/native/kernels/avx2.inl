@@ -20,6 +20,9 @@ struct EightFloats {
   static Vec prelu(Vec v, Vec slope) {
     return _mm256_blendv_ps(mul(slope, v), v, _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_GE_OQ));
   }
+  static Vec signs(Vec x, Vec threshold) {
+    return _mm256_blendv_ps(set(-1), set(1), _mm256_cmp_ps(x, threshold, _CMP_GE_OQ));
+  }
   static Vec from_ints(const int32_t* x) {
     return _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }

@@ -18,6 +18,9 @@ struct SixteenFloats {
   static Vec prelu(Vec v, Vec slope) {
     return _mm512_mask_mul_ps(v, _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NGE_UQ), slope, v);
   }
+  static Vec signs(Vec x, Vec threshold) {
+    return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, threshold, _CMP_GE_OQ), set(-1), set(1));
+  }
   static Vec from_ints(const int32_t* x) { return _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_loadu_si512(x)); }
 
   static void transpose(Vec (&r)[16]) {

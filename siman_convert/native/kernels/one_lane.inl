@@ -14,6 +14,7 @@ struct OneFloat {
   static Vec add(Vec a, Vec b) { return a + b; }
   static Vec larger(Vec v, Vec m) { return v > m ? v : m; }
   static Vec prelu(Vec v, Vec slope) { return v >= 0 ? v : slope * v; }
+  static Vec signs(Vec x, Vec threshold) { return x >= threshold ? 1.0f : -1.0f; }
   static Vec from_ints(const int32_t* x) { return static_cast<float>(*x); }
   static void transpose(Vec (&)[1]) {}
 

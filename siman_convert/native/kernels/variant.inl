@@ -6,6 +6,7 @@
 #include "binary.inl"
 #include "quantized.inl"
 #include "pool.inl"
+#include "surrogate.inl"
 #include "ceiling.inl"
 
 template <class Ops>
@@ -26,5 +27,6 @@ constexpr Variant variant(const char* name, QuantizedKernels quantized, MatrixKe
           {kernel<Ops>(convolve<BinaryRow, Ops, Floats>), sum_block<Doubles>, pack<Floats, One, Ops>, Ops::place,
            count_registers<Ops>},
           quantized,
-          matrix};
+          matrix,
+          {signs<Floats, One>, sign_backward<Floats, One>}};
 }

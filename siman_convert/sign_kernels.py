@@ -1,0 +1,100 @@
+"""Signs of activations, and the gradient through them, by the native library: on a CPU one call in place of a dozen operators.
+
+What operators do in twelve passes over a batch takes three over a sample here, of which two find it in the cache. Where the
+library was not built, and for other devices and types, `layers` has the same in torch.
+"""
+
+import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from siman_convert.errors import InputError
+from siman_convert.library import find_library
+
+LEAST = 1 << 16  # floats that are worth a thread
+
+
+def are_for(x: Tensor, means: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels can take these: float32 in a CPU's memory, samples one after another, nothing that only traces.
+
+    `means` may be one for all samples in torch; here each has its own.
+    """
+    traces = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    return (
+        not traces and _library() is not None and means.numel() == len(x) and all(map(_is_plain, (x, means, *others)))
+    )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    is_dense = tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last)
+    kind = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided
+    return kind and is_dense and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+
+
+def signs(x: Tensor, means: Tensor) -> Tensor:
+    """+1 where x (N, C, H, W) >= means (N, 1, 1, 1), else -1 (for NaN too)."""
+    out = torch.empty_like(x)
+    c = _kernels()
+    _by_samples(x, lambda at, count: c.siman_signs(_at(x, at), _at(means, at), count, _size(x), None, _at(out, at)))
+    return out
+
+
+def sign_backward(grad: Tensor, x: Tensor, means: Tensor, out: Tensor, *, centred: bool) -> None:
+    """Write what `layers.sign_backward` says to `out`; grad, x and out (N, C, H, W) have one layout, means is (N, 1, 1, 1)."""
+    c = _kernels()
+
+    def call(at: int, count: int) -> int:
+        status: int = c.siman_sign_backward(
+            _at(x, at), _at(means, at), _at(grad, at), count, _size(x), centred, None, _at(out, at)
+        )
+        return status
+
+    _by_samples(x, call)
+
+
+def _size(x: Tensor) -> int:
+    return x.numel() // max(1, len(x))
+
+
+def _at(tensor: Tensor, sample: int) -> int:
+    return tensor.data_ptr() + sample * _size(tensor) * tensor.element_size()
+
+
+def _by_samples(x: Tensor, call: Callable[[int, int], int]) -> None:
+    """call(first sample, how many) for all of x, on as many threads as torch has and as the work is worth."""
+    threads = max(1, min(torch.get_num_threads(), len(x), x.numel() // LEAST))
+    cuts = [len(x) * i // threads for i in range(threads + 1)]
+    shares = [(begin, end - begin) for begin, end in pairwise(cuts)]
+    run = _threads(threads).map if threads > 1 else map
+    for status in run(lambda share: call(*share), shares):
+        if status:
+            raise InputError(_kernels().siman_message(status).decode())
+
+
+@cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, thread_name_prefix="siman")
+
+
+def _kernels() -> ctypes.CDLL:
+    library = _library()
+    assert library is not None
+    return library
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    path = find_library()
+    if path is None:
+        return None
+    c = ctypes.CDLL(str(path))
+    floats, size = ctypes.c_void_p, ctypes.c_size_t
+    c.siman_signs.argtypes = [floats, floats, size, size, ctypes.c_char_p, floats]
+    c.siman_sign_backward.argtypes = [floats, floats, floats, size, size, ctypes.c_int, ctypes.c_char_p, floats]
+    c.siman_message.restype = ctypes.c_char_p
+    return c

@@ -1,0 +1,116 @@
+"""Signs and the gradient through them by the native library, against the same in torch in float64."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from siman_convert import sign_kernels
+from siman_convert.binarize import EPS
+from siman_convert.errors import InputError
+from siman_convert.layers import SiMaNConv2d, batch_mean, sign_backward, signs_of
+from siman_convert.library import find_library
+
+pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built here")
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def gradient(grad: Tensor, x: Tensor, mean: Tensor, centred: bool) -> Tensor:
+    out = torch.empty_like(x)
+    sign_backward(grad, x, mean, out, centred=centred)
+    return out
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.integers(1, 40)),
+    seed=st.integers(0, 1000),
+    centred=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+)
+def test_gradients_are_those_of_float64(
+    shape: tuple[int, ...], seed: int, centred: bool, layout: torch.memory_format
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x, grad = (torch.randn(shape, generator=generator).contiguous(memory_format=layout) for _ in range(2))
+    mean = batch_mean(x) if centred else x.new_zeros(len(x), 1, 1, 1)
+    assert sign_kernels.are_for(x, mean, grad)
+    expected = gradient(grad.double(), x.double(), mean.double(), centred)
+    ours = gradient(grad, x, mean, centred)
+    assert ours.stride() == x.stride()
+    # std - |x - mean| and the centring may leave little but roundings: they are judged by what is taken away from.
+    squares = (x.double() - mean).square().flatten(1).sum(dim=1) / max(1, x[0].numel() - 1)
+    largest = 2 * grad.abs().amax() / (squares + EPS).sqrt().amin()
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=2e-6 * largest.item())
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_signs_are_those_of_torch(layout: torch.memory_format) -> None:
+    odd = torch.tensor([0.0, -0.0, 1e-45, -1e-45, float("inf"), -float("inf"), float("nan"), 3.0])
+    x = odd[torch.randint(8, (3, 5, 7, 11), generator=torch.Generator().manual_seed(0))]
+    x = x.contiguous(memory_format=layout)
+    means = torch.tensor([0.0, -float("inf"), 3.0]).view(3, 1, 1, 1)
+    signs = sign_kernels.signs(x, means)
+    assert torch.equal(signs, signs_of(x.double(), means.double(), torch.float64).float())
+    assert signs.stride() == x.stride()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_sample_that_is_not_finite_has_no_gradient(value: float) -> None:
+    """It is NaN, of that sample alone, as in torch: the trainer sees a loss that is not finite."""
+    x, grad = torch.randn(2, 3, 4, 5), torch.randn(2, 3, 4, 5)
+    x[1, 0, 0, 0] = value
+    ours = gradient(grad, x, batch_mean(x), True)
+    assert ours[0].isfinite().all()
+    assert ours[1].isnan().all()
+
+
+def test_threads_change_nothing() -> None:
+    x, grad = torch.randn(7, 16, 64, 64), torch.randn(7, 16, 64, 64)
+    mean, threads, found = batch_mean(x), torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append((sign_kernels.signs(x, mean), gradient(grad, x, mean, True)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_what_the_kernels_cannot_take_goes_to_torch() -> None:
+    x = torch.randn(2, 4, 6, 6)
+    means = batch_mean(x)
+    assert sign_kernels.are_for(x, means, x.contiguous(memory_format=torch.channels_last))
+    for other in (x.double(), x.bfloat16(), x.to("meta"), x[:, :, ::2], x.transpose(0, 1)):
+        assert not sign_kernels.are_for(x, means, other)
+    for one in (means[:1], means[:1].expand(2, 1, 1, 1), means.double()):
+        assert not sign_kernels.are_for(x, one)
+        assert torch.equal(signs_of(x, one, torch.float32), torch.where(x >= one, 1.0, -1.0))
+    empty = x[:0]
+    assert sign_kernels.signs(empty, batch_mean(empty)).shape == empty.shape
+    assert signs_of(x, batch_mean(x), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_a_layer_is_the_same_with_and_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x = SiMaNConv2d(6, 8, 3, padding=1, stride=2), torch.randn(4, 6, 9, 9)
+    found = []
+    for is_there in (True, False):
+        if not is_there:
+            monkeypatch.setattr(sign_kernels, "_library", lambda: None)
+        trained, images = copy.deepcopy(layer), x.clone().requires_grad_()
+        y = trained(images)
+        y.square().sum().backward()
+        found.append([y.detach(), images.grad, trained.weight.grad, trained.alpha.grad])
+    assert torch.equal(found[0][0], found[1][0])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_variant_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SIMAN_ISA", "sse9")
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(InputError, match=r"SIMAN_ISA.*unknown name"):
+        sign_kernels.signs(x, batch_mean(x))
