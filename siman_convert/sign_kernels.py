@@ -16,7 +16,7 @@ from torch import Tensor
 from siman_convert.errors import InputError
 from siman_convert.library import find_library
 
-LEAST = 1 << 16  # floats that are worth a thread
+LEAST = 1 << 18  # floats that are worth a thread
 
 
 def are_for(x: Tensor, means: Tensor, *others: Tensor) -> bool:

@@ -32,8 +32,7 @@ const char* const kMessages[] = {
     "the dilated kernel is larger than the padded image of X",
     "X, W or Y has more than 2147483647 elements",
     "SIMAN_ISA or variant: unknown name; known are amx, avx512, avx512vnni, avx2, neon and scalar",
-    "SIMAN_ISA or variant: this processor or build cannot run it; known are amx, avx512, avx512vnni, avx2, neon and "
-    "scalar",
+    "SIMAN_ISA or variant: processor or build cannot run it; known are amx, avx512, avx512vnni, avx2, neon and scalar",
     "a quantized convolution has group 1, dilations 1 and center 0",
     "channels*kH*kW must be at most 518, so that sums of 8-bit products are exact in float32",
     "W must be in -127..127",

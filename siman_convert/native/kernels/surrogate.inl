@@ -26,14 +26,15 @@ void signs_of(const SignTask& t, size_t begin, size_t end) {
     Floats::store(t.out + i, Floats::signs(Floats::load(t.x + i), threshold));
 }
 
+struct Sums {
+  double q, qc;
+};
+
 // A sample, in the notation above.
 template <class Floats>
 struct Surrogate {
   using Vec = typename Floats::Vec;
   static constexpr size_t kBlock = 64 * Floats::kLanes;  // that is added up in float32
-  struct Sums {
-    double q, qc;
-  };
 
   const SignTask& t;
   Vec minus_mean = Floats::set(-t.mean), minus_one = Floats::set(-1), zero = Floats::set(0);
@@ -101,7 +102,7 @@ void sign_backward(const SignTask& t) {
   const auto std = static_cast<float>(__builtin_sqrt(variance)), scale = static_cast<float>(2 / variance);
   float mean_q = 0, slope = 0;
   if (t.centred) {
-    const auto a = most.sums(0, whole, std), b = rest.sums(whole, t.count, std);
+    const Sums a = most.sums(0, whole, std), b = rest.sums(whole, t.count, std);
     mean_q = static_cast<float>((a.q + b.q) / static_cast<double>(t.count));
     slope = static_cast<float>((a.qc + b.qc) / (variance * freedom));
   }
