@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from siman_convert.errors import InputError
-from siman_convert.library import find_library
+from siman_convert.shared_library import find_library
 
 LEAST = 1 << 18  # floats that are worth a thread
 

@@ -14,7 +14,7 @@ import siman_convert
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "siman_convert"
 ORDER = [
-    "errors", "launch", "hub", "files", "pieces", "binarize", "bits", "timm_convs", "library",
+    "errors", "launch", "hub", "files", "pieces", "binarize", "bits", "timm_convs", "shared_library",
     "sign_kernels", "layers", "blocks", "environment", "recipe",
     "trace", "topology", "plans", "surgery", "costs", "networks", "model_table", "drafts", "runs", "names", "data", "guards",
     "onnx_op", "onnx_quantized_op", "runtime", "metrics", "models", "frozen", "description", "metadata", "packed",

@@ -12,7 +12,7 @@ from siman_convert import sign_kernels
 from siman_convert.binarize import EPS
 from siman_convert.errors import InputError
 from siman_convert.layers import SiMaNConv2d, batch_mean, sign_backward, signs_of
-from siman_convert.library import find_library
+from siman_convert.shared_library import find_library
 
 pytestmark = pytest.mark.skipif(find_library() is None, reason="the native library was not built here")
 LAYOUTS = [torch.contiguous_format, torch.channels_last]

@@ -14,7 +14,7 @@ from pathlib import Path
 import onnxruntime
 
 from siman_convert.errors import InputError
-from siman_convert.library import find_library
+from siman_convert.shared_library import find_library
 
 ISA = "SIMAN_ISA"  # environment variable that forces a variant
 MOST_THREADS = 1024  # of a session: thousands of them, all waiting busily, take minutes to start
