@@ -24,6 +24,7 @@ def are_for(x: Tensor, means: Tensor, *others: Tensor) -> bool:
 
     `means` may be one for all samples in torch; here each has its own.
     """
+    # A trace would keep the signs of its example as constants. torch has no types for is_tracing.
     traces = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
     return (
         not traces and _library() is not None and means.numel() == len(x) and all(map(_is_plain, (x, means, *others)))

@@ -8,7 +8,7 @@
 //
 // Floats: kLanes, Vec, load, store, set, mul, add, larger(v, m), signs(Vec x, Vec threshold).
 
-constexpr double kSurrogateEps = 1e-5;
+constexpr double kSurrogateEps = 1e-5;  // binarize.EPS
 
 template <class Floats>
 double total(typename Floats::Vec v) {
