@@ -9,12 +9,12 @@ from siman_convert.data.loading import (
     iterate,
     spread_batches,
     train_loader,
-    worker_error,
 )
 from siman_convert.data.preprocess import Augment, Preprocess, Transform, resolve_preprocess
 from siman_convert.data.source import Source, open_source
 from siman_convert.data.split import AnySplit, BadImage, Split, StreamSplit
 from siman_convert.data.transforms import eval_transform, pixel_transform, train_transform
+from siman_convert.data.workers import worker_error
 
 __all__ = [
     "AnySplit",

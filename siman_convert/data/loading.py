@@ -9,8 +9,6 @@ timm's own order and sharding: the same batches for the same number of workers a
 from __future__ import annotations
 
 import math
-import os
-import signal
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -19,12 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data._utils import signal_handling
 
 from siman_convert.data.preprocess import Transform
 from siman_convert.data.seeding import borrowed_generators, mix, permutation, sample_seeds, seed_generators
 from siman_convert.data.split import AnySplit, BadImage, Split, StreamSplit
 from siman_convert.data.streaming import StreamLoader, StreamSet
+from siman_convert.data.workers import WorkerLoader, worker_error, worker_options
 from siman_convert.errors import InputError, SimanError
 
 _MAX_BAD_IN_A_ROW = 100
@@ -75,13 +73,13 @@ def train_loader(
             exact=True,
             batch_size=batch_size,
             collate_fn=_stack,
-            **_options(workers, pin_memory, mix(seed, epoch, rank)),
+            **worker_options(workers, pin_memory, mix(seed, epoch, rank)),
         )
     order = permutation(seed, epoch, len(split))
     own = np.resize(order, math.ceil(len(split) / world) * world)[rank::world]
     keys = _Keys(own, sample_seeds(seed, epoch, own), batch_size, start_batch)
-    options = _options(workers, pin_memory, mix(seed, epoch, rank))
-    return DataLoader(_TrainSet(split, transform), batch_sampler=keys, collate_fn=_as_is, **options)
+    options = worker_options(workers, pin_memory, mix(seed, epoch, rank))
+    return WorkerLoader(_TrainSet(split, transform), batch_sampler=keys, collate_fn=_as_is, **options)
 
 
 def eval_loader(
@@ -100,7 +98,7 @@ def eval_loader(
     nothing else is empty, of shape (0, C, H, W). Of a stream every rank reads all samples, and takes every `world`-th.
     """
     _require_at_least_one(batch_size=batch_size, world=world)
-    options = _options(workers, pin_memory, 0)
+    options = worker_options(workers, pin_memory, 0)
     if isinstance(split, StreamSplit):
         stream = StreamSet(split.open(batch_size=batch_size, workers=workers), transform, None, rank, world)
         stop = batches_per_epoch(split, batch_size, world)
@@ -109,7 +107,7 @@ def eval_loader(
         )
     own = np.arange(rank, len(split), world)
     keys = _Keys(own, np.zeros_like(own), batch_size, 0)
-    return DataLoader(_EvalSet(split, transform), batch_sampler=keys, collate_fn=_as_is, **options)
+    return WorkerLoader(_EvalSet(split, transform), batch_sampler=keys, collate_fn=_as_is, **options)
 
 
 def spread_batches(split: AnySplit, transform: Transform, *, batch_size: int, images: int) -> Iterator[Batch]:
@@ -139,18 +137,6 @@ def iterate(loader: DataLoader[Batch]) -> Iterator[Batch]:
         if (translated := worker_error(error)) is None:
             raise
         raise translated from error
-
-
-def worker_error(error: BaseException) -> SimanError | None:
-    """What a DataLoader's error means in one line, or None if it is not one from a worker process of ours."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and text.startswith("DataLoader worker (pid"):
-        how = text.splitlines()[0].removeprefix("DataLoader ").rstrip(" .")
-        return SimanError(f"a data loading process ended: {how}; if memory ran out, use fewer workers (-j 0 for none)")
-    if isinstance(error, SimanError) and text.startswith("Caught ") and "\nOriginal " in text:
-        last = text.rstrip().splitlines()[-1]  # "siman_convert.errors.InputError: the one line"
-        return type(error)(last.partition(": ")[2])
-    return None
 
 
 class _Keys(Sampler[list[Key]]):
@@ -233,43 +219,6 @@ def _stack(samples: Sequence[tuple[Tensor, int]], bad: Sequence[BadRecord] = ())
 
 def _as_is(batch: Any) -> Any:
     return batch
-
-
-def _options(workers: int, pin_memory: bool, seed: int) -> dict[str, Any]:
-    """Its own generator, since a DataLoader otherwise draws from torch's global one; no persistent workers, since
-    those would go on with the sampler of the epoch before."""
-    _leave_deaths_to_polling()
-    generator = torch.Generator()
-    generator.manual_seed(seed)
-    return {
-        "num_workers": workers,
-        "pin_memory": pin_memory,
-        "generator": generator,
-        "worker_init_fn": _start_worker,
-        "persistent_workers": False,
-    }
-
-
-def _leave_deaths_to_polling() -> None:
-    """Keeps torch from raising the death of a worker out of a SIGCHLD handler, wherever the main thread then is.
-
-    Between the taking of a queue's lock and the statement that gives it back, the lock stayed taken, and the end of the loader
-    waited for it for ever. Without the handler the next look at the workers finds the death, within five seconds.
-    """
-    signal_handling._SIGCHLD_handler_set = True
-
-
-def _start_worker(_: int) -> None:
-    """Ctrl-C and torchrun's signals reach the whole process group: the parent alone answers them and ends its workers.
-
-    SIGTERM keeps its default here (a parent's handler was inherited): it is how the parent ends a worker. In a group of its own
-    a worker gets it from nobody else.
-    """
-    if hasattr(os, "setpgid"):
-        os.setpgid(0, 0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
 
 
 def _require_at_least_one(**counts: int) -> None:

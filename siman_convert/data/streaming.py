@@ -8,10 +8,11 @@ from typing import Any
 
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from siman_convert.data.preprocess import Transform
 from siman_convert.data.seeding import borrowed_generators, mix, seed_generators
+from siman_convert.data.workers import WorkerLoader
 from siman_convert.errors import InputError
 
 
@@ -42,7 +43,7 @@ class StreamSet(IterableDataset[tuple[Tensor, int]]):
             yield tensor, int(target)
 
 
-class StreamLoader(DataLoader[Any]):
+class StreamLoader(WorkerLoader):
     """Batches start..stop of a stream, or if not `exact`, all from start on: in evaluation each worker may end with a
     short batch of its own. Skipped ones are read and dropped: a stream cannot be entered in its middle.
 

@@ -1,8 +1,11 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,6 +201,44 @@ def test_errors_that_are_not_a_workers_pass_unchanged():
 def signals_and_threads(_: Image.Image) -> torch.Tensor:
     ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     return torch.tensor([[[float(ignored), float(torch.get_num_threads())]]])
+
+
+SLOW_START = """
+import os, signal, threading, time
+import torch.utils.data._utils.worker as torch_worker
+from test_data_loading import number_only, ramp_split
+from siman_convert.data import eval_loader, iterate
+
+def early_work(*arguments, former=torch_worker._generate_state):  # between torch's signal handlers and ours
+    os.write(ready, b".")
+    time.sleep(0.5)
+    return former(*arguments)
+
+def to_the_group():
+    os.read(waits, 1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.killpg(0, number)
+
+torch_worker._generate_state = early_work
+waits, ready = os.pipe()
+seen = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: seen.append(int(number)))
+threading.Thread(target=to_the_group).start()
+loader = eval_loader(ramp_split(3), number_only, batch_size=2, workers=1)
+print([batch.targets.tolist() for batch in iterate(loader)], sorted(seen))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgid"), reason="no process groups")
+def test_a_worker_that_just_starts_outlives_a_signal_to_the_whole_group():
+    """torchrun ends the processes of a training by one: what they say of it must not be that a worker died."""
+    done = subprocess.run(
+        [sys.executable, "-c", SLOW_START],
+        capture_output=True, text=True, timeout=120, start_new_session=True, cwd=Path(__file__).parent,
+    )  # fmt: skip
+    whole = [batch.targets.tolist() for batch in iterate(eval_loader(ramp_split(3), number_only, batch_size=2))]
+    assert done.stdout == f"{whole} {[int(signal.SIGINT), int(signal.SIGTERM)]}\n", done.stderr
 
 
 def test_workers_ignore_ctrl_c_and_use_one_thread():
