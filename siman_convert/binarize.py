@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from siman_convert import training_kernels
 from siman_convert.pieces import pieces
 
 EPS = 1e-5  # added to a variance inside the square root, for weights and for activations
@@ -47,6 +48,8 @@ def standardize_backward(grad_z: Tensor, z: Tensor, rstd: Tensor) -> Tensor:
 
 def binary_rows(rows: Tensor, selection: Selection) -> Tensor:
     """The weights 2b - 1 (C_out, n) that latent weights stand for, in their dtype."""
+    if selection == "half" and training_kernels.are_for(rows):
+        return training_kernels.binarize(rows)
     bw = torch.empty_like(rows)
     for out, latents in pieces(bw, rows):
         z, _ = standardize(latents)
@@ -56,6 +59,8 @@ def binary_rows(rows: Tensor, selection: Selection) -> Tensor:
 
 def binary_rows_backward(grad_bw: Tensor, rows: Tensor, selection: Selection) -> Tensor:
     """Gradient (C_out, n) of the latent weights from that of `binary_rows`."""
+    if selection in MAGNITUDE_BITS and training_kernels.are_for(grad_bw, rows):
+        return training_kernels.binarize_backward(grad_bw, rows)
     grad = torch.empty_like(rows)
     for out, grads, latents in pieces(grad, grad_bw, rows):
         z, rstd = standardize(latents)
@@ -117,22 +122,24 @@ def select_backward(grad_bw: Tensor, z: Tensor, selection: Selection) -> Tensor:
 
 
 @torch.no_grad()
-def clip_magnitudes(rows: Tensor, percent: float) -> Tensor:
-    """Centre each filter, then clamp all magnitudes of the layer into [P_percent, P_(100-percent)], keeping signs.
+def clip_magnitudes_(rows: Tensor, percent: float) -> None:
+    """In place: centre each filter, then clamp all magnitudes of the layer into [P_percent, P_(100-percent)], keeping signs.
 
     Small magnitudes are raised, large ones lowered (as the authors' implementation does it: centred per
     filter, percentiles over the whole layer, linear interpolation). `percent` is in [0, 50); at 0 only the centring remains.
     """
     if not 0 <= percent < 50:
         raise ValueError(f"percent must be in [0, 50), got {percent}")
-    centred = rows - rows.mean(dim=1, keepdim=True)
-    low, high = percentiles(centred.abs().flatten(), (percent, 100 - percent))
-    for (part,) in pieces(centred):
+    if training_kernels.are_for(rows):
+        return training_kernels.clip_(rows, percent)
+    rows.sub_(rows.mean(dim=1, keepdim=True))
+    low, high = percentiles(rows.abs().flatten(), (percent, 100 - percent))
+    for (part,) in pieces(rows):
         magnitudes = part.abs()
         torch.maximum(magnitudes, low, out=magnitudes)
         torch.minimum(magnitudes, high, out=magnitudes)
         part.sign_().mul_(magnitudes)
-    return centred
+    return None
 
 
 def percentiles(values: Tensor, percents: tuple[float, ...]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from siman_convert import binarize, sign_kernels
+from siman_convert import binarize, training_kernels
 from siman_convert.binarize import Selection
 from siman_convert.errors import InputError
 from siman_convert.pieces import pieces, scaled_and_joined
@@ -167,14 +167,17 @@ class SiMaNConv2d(nn.Conv2d):
 
     @torch.no_grad()
     def clip_weights_(self, percent: float) -> None:
-        """Clip the latent weights by magnitude percentiles, in place (`binarize.clip_magnitudes`); once per optimizer step.
+        """Clip the latent weights by magnitude percentiles, in place (`binarize.clip_magnitudes_`); once per optimizer step.
 
         Bits by `sign` are left alone: raising small magnitudes moves a weight away from the zero that it has to cross for its
         bit to flip, where for bits by magnitude the clip brings weights nearer to the median. So are weights that have no bits.
         """
         if self.selection == "sign" or self.binarizes == "activations":
             return
-        self.weight.copy_(binarize.clip_magnitudes(self._rows(), percent).view_as(self.weight))
+        rows = self._rows()
+        binarize.clip_magnitudes_(rows, percent)
+        if rows.data_ptr() != self.weight.data_ptr():
+            self.weight.copy_(rows.view_as(self.weight))
 
     @torch.no_grad()
     def bits(self) -> Tensor:
@@ -285,7 +288,7 @@ class BinaryConv(torch.autograd.Function):
         geometry, dtype, wants_x = ctx.geometry, ctx.compute_dtype, ctx.needs_input_grad[0]
         # The input's gradient wants the scaled weight, the weight's gradient the unscaled output gradient: one call does both.
         scaled = (bw * alpha.to(bw.dtype).view(-1, 1, 1, 1)).to(dtype)
-        grad_unscaled = torch.zeros_like(bw)
+        grad_unscaled: Tensor | None = None
         grad_x = torch.empty_like(x) if wants_x else x
         for samples, thresholds, grads, out in pieces(x, threshold, grad_y, grad_x, least=bw.numel()):
             signs, pads = pad_signs(signs_of(samples, thresholds, dtype), geometry.pads)
@@ -293,10 +296,11 @@ class BinaryConv(torch.autograd.Function):
                 grads.to(dtype), signs, scaled, None, geometry.stride, pads, geometry.dilation, False, [0, 0],
                 geometry.groups, [wants_x, True, False],
             )  # fmt: skip
-            grad_unscaled.add_(grad_weight)
+            grad_unscaled = grad_weight.to(bw.dtype) if grad_unscaled is None else grad_unscaled.add_(grad_weight)
             if wants_x:
                 inside = _unpadded(grad_signs, geometry.pads, samples)
                 sign_backward(inside, samples, thresholds, out, centred=ctx.center)
+        assert grad_unscaled is not None  # of no samples there is one piece, too
         grad_alpha = torch.linalg.vecdot(grad_unscaled.flatten(1), bw.flatten(1)).to(alpha.dtype)
         grad_bw = grad_unscaled.mul_(alpha.to(bw.dtype).view(-1, 1, 1, 1))
         return grad_x if wants_x else None, None, grad_bw, grad_alpha, None, None, None
@@ -313,8 +317,8 @@ def sign_backward(grad_signs: Tensor, x: Tensor, mean: Tensor, out: Tensor, *, c
     """
     layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
     x, grad_signs = x.contiguous(memory_format=layout), grad_signs.contiguous(memory_format=layout)
-    if out.stride() == x.stride() and sign_kernels.are_for(x, mean, grad_signs, out):
-        return sign_kernels.sign_backward(grad_signs, x, mean, out, centred=centred)
+    if len(mean) == len(x) and out.stride() == x.stride() and training_kernels.are_for(x, mean, grad_signs, out):
+        return training_kernels.sign_backward(grad_signs, x, mean, out, centred=centred)
     freedom = max(1, x[0].numel() - 1)
     c = _samples(x).to(mean.dtype) - mean.view(-1, 1)  # (N, C*H*W)
     variance = (_inner(c, c) / freedom).add_(binarize.EPS)
@@ -347,8 +351,8 @@ def _inner(a: Tensor, b: Tensor) -> Tensor:
 
 def signs_of(x: Tensor, threshold: Tensor, dtype: torch.dtype) -> Tensor:
     """+1 where x >= threshold, else -1 (for NaN too). Comparing straight into `dtype` saves a pass over a bool tensor."""
-    if dtype == x.dtype and sign_kernels.are_for(x, threshold):
-        return sign_kernels.signs(x, threshold)
+    if dtype == x.dtype and len(threshold) == len(x) and training_kernels.are_for(x, threshold):
+        return training_kernels.signs(x, threshold)
     if torch.compiler.is_compiling():  # which has no `out=` in channels_last, and saves the pass itself
         return torch.where(x >= threshold, 1.0, -1.0).to(dtype)
     signs = torch.ge(x, threshold, out=torch.empty_like(x, dtype=dtype))

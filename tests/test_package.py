@@ -14,8 +14,8 @@ import siman_convert
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "siman_convert"
 ORDER = [
-    "errors", "launch", "hub", "files", "pieces", "binarize", "bits", "timm_convs", "shared_library",
-    "sign_kernels", "layers", "blocks", "environment", "recipe",
+    "errors", "launch", "hub", "files", "pieces", "shared_library", "training_kernels", "binarize", "bits", "timm_convs",
+    "layers", "blocks", "environment", "recipe",
     "trace", "topology", "plans", "surgery", "costs", "networks", "model_table", "drafts", "runs", "names", "data", "guards",
     "onnx_op", "onnx_quantized_op", "runtime", "metrics", "models", "frozen", "description", "metadata", "packed",
     "onnx_fold", "onnx_file", "onnx_preprocess", "onnx_int8_plan", "onnx_int8_conv", "onnx_int8", "onnx_export", "subjects",

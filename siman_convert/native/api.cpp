@@ -6,6 +6,7 @@
 #include <string_view>
 
 #include "binary_conv.h"
+#include "clip.h"
 #include "quantized_conv.h"
 
 struct siman_conv {
@@ -41,6 +42,7 @@ const char* const kMessages[] = {
     "pool_kernel and pool_strides must be in 1..2147483647, pool_pads from 0 and below pool_kernel",
     "the pool is larger than the padded image that it reads",
     "seconds must be above 0 and at most 3600",
+    "percent must be at least 0 and below 50",
     "out of memory",
 };
 static_assert(sizeof(kMessages) / sizeof(kMessages[0]) == SIMAN_NO_MEMORY + 1);
@@ -171,4 +173,35 @@ siman_status siman_sign_backward(const float* x, const float* means, const float
     chosen->training.sign_backward(
         {x + i * count, grad_signs + i * count, count, means[i], centred != 0, grad_x + i * count});
   return SIMAN_OK;
+}
+
+siman_status siman_binarize(const float* weights, size_t filters, size_t count, const char* variant, float* bits) {
+  const siman::Variant* chosen = nullptr;
+  if (const siman_status status = choose(variant, &chosen); status != SIMAN_OK) return status;
+  if (filters && count && (!weights || !bits)) return SIMAN_NULL_ARGUMENT;
+  for (size_t f = 0; count && f < filters; ++f)
+    chosen->training.binarize({weights + f * count, nullptr, count, bits + f * count});
+  return SIMAN_OK;
+}
+
+siman_status siman_binarize_backward(const float* weights, const float* grad_bits, size_t filters, size_t count,
+                                     const char* variant, float* grad_weights) {
+  const siman::Variant* chosen = nullptr;
+  if (const siman_status status = choose(variant, &chosen); status != SIMAN_OK) return status;
+  if (filters && count && (!weights || !grad_bits || !grad_weights)) return SIMAN_NULL_ARGUMENT;
+  for (size_t f = 0; count && f < filters; ++f)
+    chosen->training.binarize_backward({weights + f * count, grad_bits + f * count, count, grad_weights + f * count});
+  return SIMAN_OK;
+}
+
+siman_status siman_clip(float* weights, size_t filters, size_t count, double percent, const char* variant) try {
+  if (!(percent >= 0 && percent < 50)) return SIMAN_BAD_PERCENT;
+  const siman::Variant* chosen = nullptr;
+  if (const siman_status status = choose(variant, &chosen); status != SIMAN_OK) return status;
+  if (!filters || !count) return SIMAN_OK;
+  if (!weights) return SIMAN_NULL_ARGUMENT;
+  siman::clip(weights, filters, count, percent, chosen->training);
+  return SIMAN_OK;
+} catch (const std::bad_alloc&) {
+  return SIMAN_NO_MEMORY;
 }

@@ -53,6 +53,7 @@ struct FourFloats {
   static Bits append(Bits bits, Vec x, Vec threshold) {
     return vsubq_u32(vaddq_u32(bits, bits), vcgeq_f32(x, threshold));
   }
+  static Bits tally(Bits counts, Vec x, Vec bound) { return vsubq_u32(counts, vcleq_f32(x, bound)); }
   static void words(Bits low, Bits high, uint64_t* words) {
     const uint32x4x2_t both = vzipq_u32(low, high);
     vst1q_u64(words, vreinterpretq_u64_u32(both.val[0]));

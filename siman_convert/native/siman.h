@@ -70,6 +70,7 @@ typedef enum siman_status {
   SIMAN_BAD_POOL,
   SIMAN_POOL_LARGER_THAN_IMAGE,
   SIMAN_BAD_SECONDS,
+  SIMAN_BAD_PERCENT,
   SIMAN_NO_MEMORY
 } siman_status;
 
@@ -123,6 +124,16 @@ SIMAN_API siman_status siman_signs(const float* x, const float* means, size_t sa
                                    const char* variant, float* signs);
 SIMAN_API siman_status siman_sign_backward(const float* x, const float* means, const float* grad_signs, size_t samples,
                                            size_t count, int centred, const char* variant, float* grad_x);
+
+/* Training, of a layer's latent weights: `filters` rows of `count` floats, as siman_convert/binarize.py has it. Bits,
+   +1 for the half of a row with the larger magnitudes, else -1; the gradient of the weights from that of the bits; and
+   the clip by percentiles of magnitudes, in place, percent in [0, 50). The same bits whatever the variant. No output
+   may overlap an input. variant: as in siman_create. */
+SIMAN_API siman_status siman_binarize(const float* weights, size_t filters, size_t count, const char* variant,
+                                      float* bits);
+SIMAN_API siman_status siman_binarize_backward(const float* weights, const float* grad_bits, size_t filters,
+                                               size_t count, const char* variant, float* grad_weights);
+SIMAN_API siman_status siman_clip(float* weights, size_t filters, size_t count, double percent, const char* variant);
 
 #ifdef __cplusplus
 }

@@ -123,9 +123,21 @@ struct SignTask {
   float* out;
 };
 
+// One filter's latent weights: see kernels/latents.inl.
+struct LatentTask {
+  const float *w, *grad;  // grad: of the bits, null for the bits themselves
+  size_t count;           // at least 1
+  float* out;
+};
+
 struct TrainingKernels {
   void (*signs)(const SignTask& task);
   void (*sign_backward)(const SignTask& task);
+  void (*binarize)(const LatentTask& task);
+  void (*binarize_backward)(const LatentTask& task);
+  void (*centre)(float* w, size_t count);
+  uint32_t (*select)(const float* x, size_t count, size_t rank, uint32_t low, uint32_t high);
+  void (*clamp)(float* w, size_t count, float low, float high);
 };
 
 struct Variant {

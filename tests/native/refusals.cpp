@@ -231,7 +231,22 @@ void check_refused_training() {
     expect(siman_sign_backward(x, means, grad, 1, 4, 1, nullptr, out), SIMAN_NULL_ARGUMENT);
   for (const auto& [x, means, out] : {std::array{none, f, f}, {f, none, f}, {f, f, none}})
     expect(siman_signs(x, means, 1, 4, nullptr, out), SIMAN_NULL_ARGUMENT);
+  expect(siman_binarize(f, 1, 4, "", f), SIMAN_UNKNOWN_VARIANT);
+  expect(siman_binarize_backward(f, f, 1, 4, "", f), SIMAN_UNKNOWN_VARIANT);
+  expect(siman_clip(f, 1, 4, 15, ""), SIMAN_UNKNOWN_VARIANT);
+  expect(siman_binarize(none, 1, 4, nullptr, f), SIMAN_NULL_ARGUMENT);
+  expect(siman_binarize(f, 1, 4, nullptr, none), SIMAN_NULL_ARGUMENT);
+  for (const auto& [w, grad, out] : {std::array{none, f, f}, std::array{f, none, f}, std::array{f, f, none}})
+    expect(siman_binarize_backward(w, grad, 1, 4, nullptr, out), SIMAN_NULL_ARGUMENT);
+  expect(siman_clip(none, 1, 4, 15, nullptr), SIMAN_NULL_ARGUMENT);
+  for (const double percent : {-1.0, 50.0, std::nan("")})
+    expect(siman_clip(f, 1, 4, percent, nullptr), SIMAN_BAD_PERCENT);
   expect(siman_signs(none, none, 0, 4, nullptr, none), SIMAN_OK);
+  for (const auto& [filters, count] : {std::array<size_t, 2>{0, 4}, std::array<size_t, 2>{4, 0}}) {
+    expect(siman_binarize(none, filters, count, nullptr, none), SIMAN_OK);
+    expect(siman_binarize_backward(none, none, filters, count, nullptr, none), SIMAN_OK);
+    expect(siman_clip(none, filters, count, 15, nullptr), SIMAN_OK);
+  }
   expect(siman_sign_backward(none, none, none, 4, 0, 1, nullptr, none), SIMAN_OK);
 }
 

@@ -50,6 +50,9 @@ struct EightFloats {
     const __m256i minus_bit = _mm256_castps_si256(_mm256_cmp_ps(x, threshold, _CMP_GE_OQ));
     return _mm256_sub_epi32(_mm256_add_epi32(bits, bits), minus_bit);
   }
+  static Bits tally(Bits counts, Vec x, Vec bound) {
+    return _mm256_sub_epi32(counts, _mm256_castps_si256(_mm256_cmp_ps(x, bound, _CMP_LE_OQ)));
+  }
   static void words(Bits low, Bits high, uint64_t* words) {
     const __m256i a = _mm256_unpacklo_epi32(low, high), b = _mm256_unpackhi_epi32(low, high);
     auto* out = reinterpret_cast<__m128i*>(words);

@@ -56,6 +56,9 @@ struct SixteenFloats {
     const Bits twice = _mm512_add_epi32(bits, bits);
     return _mm512_mask_or_epi32(twice, _mm512_cmp_ps_mask(x, threshold, _CMP_GE_OQ), twice, _mm512_set1_epi32(1));
   }
+  static Bits tally(Bits counts, Vec x, Vec bound) {
+    return _mm512_mask_add_epi32(counts, _mm512_cmp_ps_mask(x, bound, _CMP_LE_OQ), counts, _mm512_set1_epi32(1));
+  }
   static void words(Bits low, Bits high, uint64_t* words) {
     const Bits first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     _mm512_storeu_si512(words, _mm512_permutex2var_epi32(low, first, high));

@@ -20,6 +20,7 @@ struct OneFloat {
 
   static Bits no_bits() { return 0; }
   static Bits append(Bits bits, Vec x, Vec threshold) { return 2 * bits + (x >= threshold); }
+  static Bits tally(Bits counts, Vec x, Vec bound) { return counts + (x <= bound); }
   static void words(Bits low, Bits high, uint64_t* words) { *words = low | high << 32; }
 
   static Bits steps(Vec x, Vec scale, Vec lowest, Vec highest) {

@@ -8,7 +8,7 @@
 //
 // Floats: kLanes, Vec, load, store, set, mul, add, larger(v, m), signs(Vec x, Vec threshold).
 
-constexpr double kSurrogateEps = 1e-5;  // binarize.EPS
+constexpr double kEps = 1e-5;  // binarize.EPS
 
 template <class Floats>
 double total(typename Floats::Vec v) {
@@ -98,7 +98,7 @@ void sign_backward(const SignTask& t) {
   const Surrogate<Floats> most{t};
   const Surrogate<One> rest{t};
   const double freedom = t.count > 1 ? static_cast<double>(t.count - 1) : 1;
-  const double variance = (most.squares(0, whole) + rest.squares(whole, t.count)) / freedom + kSurrogateEps;
+  const double variance = (most.squares(0, whole) + rest.squares(whole, t.count)) / freedom + kEps;
   const auto std = static_cast<float>(__builtin_sqrt(variance)), scale = static_cast<float>(2 / variance);
   float mean_q = 0, slope = 0;
   if (t.centred) {

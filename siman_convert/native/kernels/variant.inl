@@ -7,6 +7,7 @@
 #include "quantized.inl"
 #include "pool.inl"
 #include "surrogate.inl"
+#include "latents.inl"
 #include "ceiling.inl"
 
 template <class Ops>
@@ -20,6 +21,17 @@ constexpr QuantizedKernels quantized(void (*convolve)(const ConvTask&)) {
   return {kernel<Ops>(convolve), sizeof(typename Ops::Code), quantize<Floats, Ops>, Ops::place};
 }
 
+template <class Floats, class One, class Doubles>
+constexpr TrainingKernels training() {
+  return {signs<Floats, One>,
+          sign_backward<Floats, One>,
+          binarize<Floats, One, Doubles>,
+          binarize_backward<Floats, One, Doubles>,
+          centre<Floats, One, Doubles>,
+          select<Floats, One>,
+          clamp<Floats, One>};
+}
+
 // The entry of this instruction set: all of its kernels and the layout they want.
 template <class Ops, class Floats, class One, class Doubles>
 constexpr Variant variant(const char* name, QuantizedKernels quantized, MatrixKernels matrix = {}) {
@@ -28,5 +40,5 @@ constexpr Variant variant(const char* name, QuantizedKernels quantized, MatrixKe
            count_registers<Ops>},
           quantized,
           matrix,
-          {signs<Floats, One>, sign_backward<Floats, One>}};
+          training<Floats, One, Doubles>()};
 }

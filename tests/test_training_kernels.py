@@ -1,4 +1,4 @@
-"""Signs and the gradient through them by the native library, against the same in torch in float64."""
+"""What the native library does of a training step, against the same in torch in float64."""
 
 import copy
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from siman_convert import sign_kernels
+from siman_convert import binarize, training_kernels
 from siman_convert.binarize import EPS
 from siman_convert.errors import InputError
 from siman_convert.layers import SiMaNConv2d, batch_mean, sign_backward, signs_of
@@ -36,7 +36,7 @@ def test_gradients_are_those_of_float64(
     generator = torch.Generator().manual_seed(seed)
     x, grad = (torch.randn(shape, generator=generator).contiguous(memory_format=layout) for _ in range(2))
     mean = batch_mean(x) if centred else x.new_zeros(len(x), 1, 1, 1)
-    assert sign_kernels.are_for(x, mean, grad)
+    assert training_kernels.are_for(x, mean, grad)
     expected = gradient(grad.double(), x.double(), mean.double(), centred)
     ours = gradient(grad, x, mean, centred)
     assert ours.stride() == x.stride()
@@ -52,9 +52,71 @@ def test_signs_are_those_of_torch(layout: torch.memory_format) -> None:
     x = odd[torch.randint(8, (3, 5, 7, 11), generator=torch.Generator().manual_seed(0))]
     x = x.contiguous(memory_format=layout)
     means = torch.tensor([0.0, -float("inf"), 3.0]).view(3, 1, 1, 1)
-    signs = sign_kernels.signs(x, means)
+    signs = training_kernels.signs(x, means)
     assert torch.equal(signs, signs_of(x.double(), means.double(), torch.float64).float())
     assert signs.stride() == x.stride()
+
+
+@given(
+    filters=st.integers(1, 5),
+    count=st.one_of(st.integers(1, 100), st.integers(4000, 9000)),
+    seed=st.integers(0, 1000),
+    percent=st.floats(0, 49.9),
+    ties=st.booleans(),
+)
+def test_latent_weights_are_those_of_float64(filters: int, count: int, seed: int, percent: float, ties: bool) -> None:
+    rows = torch.randn(filters, count, generator=torch.Generator().manual_seed(seed))
+    rows = rows.round() if ties else rows
+    grad, exact = torch.randn_like(rows), rows.double()
+    assert training_kernels.are_for(rows, grad)
+    magnitudes = binarize.standardize(exact)[0].abs()
+    near = (magnitudes - binarize.lower_medians(magnitudes)).abs() < 1e-5  # there rounding decides
+    bits, exact_bits = (binarize.binary_rows(each, "half") for each in (rows, exact))
+    assert bits.dtype == torch.float32
+    assert torch.equal(bits[~near], exact_bits[~near].float())
+    if (magnitudes > 1e-5).all():  # else it decides the sign of z
+        ours, expected = (
+            binarize.binary_rows_backward(g, w, "half") for g, w in ((grad, rows), (grad.double(), exact))
+        )
+        scale = binarize.standardize(exact)[1].max().item() * grad.abs().max().item()
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=5e-5 * scale)
+    clipped = rows.clone()
+    for weights in (clipped, exact):
+        binarize.clip_magnitudes_(weights, percent)
+    clear = exact.abs() > 1e-5
+    torch.testing.assert_close(clipped.double()[clear], exact[clear], rtol=1e-5, atol=1e-6)
+
+
+def test_bits_do_not_depend_on_the_variant_or_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.randn(300, 2305, generator=torch.Generator().manual_seed(0))
+    grad, threads, found = rows.flip(1), torch.get_num_threads(), []
+    try:
+        for count, variant in ((1, None), (3, None), (1, "scalar")):
+            torch.set_num_threads(count)
+            if variant:
+                monkeypatch.setenv("SIMAN_ISA", variant)
+            clipped = rows.clone()
+            binarize.clip_magnitudes_(clipped, 15.0)
+            found.append(
+                [binarize.binary_rows(rows, "half"), binarize.binary_rows_backward(grad, rows, "half"), clipped]
+            )
+    finally:
+        torch.set_num_threads(threads)
+    assert rows.numel() > 2 * training_kernels.LEAST
+    assert all(torch.equal(one, other) for other in found[1:] for one, other in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_stay_so(value: float) -> None:
+    """The trainer looks for them before it saves; filters beside them are what they are."""
+    rows = torch.randn(3, 700)
+    rows[1, 5] = value
+    bits = binarize.binary_rows(rows, "half")
+    assert torch.equal(bits[[0, 2]], binarize.binary_rows(rows[[0, 2]], "half"))
+    assert set(bits.flatten().tolist()) == {1.0, -1.0}
+    binarize.clip_magnitudes_(rows, 15.0)
+    assert not rows[1].isfinite().all()
+    assert rows[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -73,24 +135,24 @@ def test_threads_change_nothing() -> None:
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            found.append((sign_kernels.signs(x, mean), gradient(grad, x, mean, True)))
+            found.append((training_kernels.signs(x, mean), gradient(grad, x, mean, True)))
     finally:
         torch.set_num_threads(threads)
-    assert x.numel() > 3 * sign_kernels.LEAST
+    assert x.numel() > 3 * training_kernels.LEAST
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_what_the_kernels_cannot_take_goes_to_torch() -> None:
     x = torch.randn(2, 4, 6, 6)
     means = batch_mean(x)
-    assert sign_kernels.are_for(x, means, x.contiguous(memory_format=torch.channels_last))
+    assert training_kernels.are_for(x, means, x.contiguous(memory_format=torch.channels_last))
     for other in (x.double(), x.bfloat16(), x.to("meta"), x[:, :, ::2], x.transpose(0, 1)):
-        assert not sign_kernels.are_for(x, means, other)
+        assert not training_kernels.are_for(x, means, other)
+    assert not training_kernels.are_for(x, means[:1].expand(2, 1, 1, 1))
     for one in (means[:1], means[:1].expand(2, 1, 1, 1), means.double()):
-        assert not sign_kernels.are_for(x, one)
         assert torch.equal(signs_of(x, one, torch.float32), torch.where(x >= one, 1.0, -1.0))
     empty = x[:0]
-    assert sign_kernels.signs(empty, batch_mean(empty)).shape == empty.shape
+    assert training_kernels.signs(empty, batch_mean(empty)).shape == empty.shape
     assert signs_of(x, batch_mean(x), torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -100,7 +162,7 @@ def test_a_layer_is_the_same_with_and_without_them(monkeypatch: pytest.MonkeyPat
     found = []
     for is_there in (True, False):
         if not is_there:
-            monkeypatch.setattr(sign_kernels, "_library", lambda: None)
+            monkeypatch.setattr(training_kernels, "_library", lambda: None)
         trained, images = copy.deepcopy(layer), x.clone().requires_grad_()
         y = trained(images)
         y.square().sum().backward()
@@ -114,4 +176,4 @@ def test_a_variant_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("SIMAN_ISA", "sse9")
     x = torch.randn(1, 2, 3, 4)
     with pytest.raises(InputError, match=r"SIMAN_ISA.*unknown name"):
-        sign_kernels.signs(x, batch_mean(x))
+        training_kernels.signs(x, batch_mean(x))

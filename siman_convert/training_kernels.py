@@ -1,7 +1,8 @@
-"""Signs of activations, and the gradient through them, by the native library: on a CPU one call in place of a dozen operators.
+"""The binary parts of a training step by the native library: on a CPU one call in place of a dozen operators.
 
-What operators do in twelve passes over a batch takes three over a sample here, of which two find it in the cache. Where the
-library was not built, and for other devices and types, `layers` has the same in torch.
+What operators do in twelve passes over a batch, or over a layer's weights, takes as many over a sample or a filter here, of which
+all but one or two find it in the cache. Where the library was not built, and for other devices and types, `layers` and
+`binarize` have the same in torch.
 """
 
 import ctypes
@@ -19,16 +20,11 @@ from siman_convert.shared_library import find_library
 LEAST = 1 << 18  # floats that are worth a thread
 
 
-def are_for(x: Tensor, means: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels can take these: float32 in a CPU's memory, samples one after another, nothing that only traces.
-
-    `means` may be one for all samples in torch; here each has its own.
-    """
+def are_for(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these: float32 in a CPU's memory, samples one after another, nothing that only traces."""
     # A trace would keep the signs of its example as constants. torch has no types for is_tracing.
     traces = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
-    return (
-        not traces and _library() is not None and means.numel() == len(x) and all(map(_is_plain, (x, means, *others)))
-    )
+    return not traces and _library() is not None and all(map(_is_plain, tensors))
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -58,6 +54,30 @@ def sign_backward(grad: Tensor, x: Tensor, means: Tensor, out: Tensor, *, centre
     _by_samples(x, call)
 
 
+def binarize(rows: Tensor) -> Tensor:
+    """The weights 2b - 1 of latents (C_out, n) whose bits are the half of the larger magnitudes: `binarize.binary_rows`."""
+    out, c = torch.empty_like(rows), _kernels()
+    _by_samples(rows, lambda at, count: c.siman_binarize(_at(rows, at), count, _size(rows), None, _at(out, at)))
+    return out
+
+
+def binarize_backward(grad: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of latents (C_out, n) from that of their 2b - 1: `binarize.binary_rows_backward`."""
+    out, c = torch.empty_like(rows), _kernels()
+
+    def call(at: int, count: int) -> int:
+        status: int = c.siman_binarize_backward(_at(rows, at), _at(grad, at), count, _size(rows), None, _at(out, at))
+        return status
+
+    _by_samples(rows, call)
+    return out
+
+
+def clip_(rows: Tensor, percent: float) -> None:
+    """Clip latents (C_out, n) in place: `binarize.clip_magnitudes_`. On one thread, as numpy's selection is."""
+    _require(_kernels().siman_clip(_at(rows, 0), len(rows), _size(rows), percent, None))
+
+
 def _size(x: Tensor) -> int:
     return x.numel() // max(1, len(x))
 
@@ -73,8 +93,12 @@ def _by_samples(x: Tensor, call: Callable[[int, int], int]) -> None:
     shares = [(begin, end - begin) for begin, end in pairwise(cuts)]
     run = _threads(threads).map if threads > 1 else map
     for status in run(lambda share: call(*share), shares):
-        if status:
-            raise InputError(_kernels().siman_message(status).decode())
+        _require(status)
+
+
+def _require(status: int) -> None:
+    if status:
+        raise InputError(_kernels().siman_message(status).decode())
 
 
 @cache
@@ -97,5 +121,8 @@ def _library() -> ctypes.CDLL | None:
     floats, size = ctypes.c_void_p, ctypes.c_size_t
     c.siman_signs.argtypes = [floats, floats, size, size, ctypes.c_char_p, floats]
     c.siman_sign_backward.argtypes = [floats, floats, floats, size, size, ctypes.c_int, ctypes.c_char_p, floats]
+    c.siman_binarize.argtypes = [floats, size, size, ctypes.c_char_p, floats]
+    c.siman_binarize_backward.argtypes = [floats, floats, size, size, ctypes.c_char_p, floats]
+    c.siman_clip.argtypes = [floats, size, size, ctypes.c_double, ctypes.c_char_p]
     c.siman_message.restype = ctypes.c_char_p
     return c
