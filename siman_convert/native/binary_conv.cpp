@@ -6,8 +6,8 @@
 namespace siman {
 namespace {
 
-constexpr size_t kSumBlock = 4096;       // elements that are summed together: part of the operator's meaning
-constexpr size_t kTaskFloats = 1 << 17;  // some ten microseconds of summing or packing: a task worth handing out
+constexpr size_t kSumBlock = 4096;               // elements that are summed together: part of the operator's meaning
+constexpr size_t kTaskFloats = size_t{1} << 15;  // of summing or packing: some microseconds
 
 // The mean of a sample, from its sums.
 float mean(const double* sums, size_t count, size_t elements) {
