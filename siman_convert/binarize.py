@@ -1,4 +1,6 @@
-"""The mathematics of SiMaN (Sign-to-Magnitude Network Binarization, arXiv 2102.07981), as pure functions of tensors.
+"""The mathematics of SiMaN (Sign-to-Magnitude Network Binarization, arXiv 2102.07981), as functions of tensors.
+
+`clip_magnitudes_` changes its argument; the others are pure.
 
 Symbols, for one filter (one output channel) of n = C_in/groups * kH * kW elements:
 

@@ -1,7 +1,7 @@
 """The binary parts of a training step by the native library: on a CPU one call in place of a dozen operators.
 
-What operators do in twelve passes over a batch, or over a layer's weights, takes as many over a sample or a filter here, of which
-all but one or two find it in the cache. Where the library was not built, and for other devices and types, `layers` and
+What operators do in passes over a batch, or over a layer's weights, is done sample by sample, or filter by filter, here: all
+passes but the first find it in the cache. Where the library was not built, and for other devices and types, `layers` and
 `binarize` have the same in torch.
 """
 
@@ -76,6 +76,7 @@ def binarize_backward(grad: Tensor, rows: Tensor) -> Tensor:
 def clip_(rows: Tensor, percent: float) -> None:
     """Clip latents (C_out, n) in place: `binarize.clip_magnitudes_`. On one thread, as numpy's selection is."""
     _require(_kernels().siman_clip(_at(rows, 0), len(rows), _size(rows), percent, None))
+    torch.autograd.graph.increment_version(rows)  # a backward pass that needs the weights of before has to notice
 
 
 def _size(x: Tensor) -> int:
@@ -98,7 +99,8 @@ def _by_samples(x: Tensor, call: Callable[[int, int], int]) -> None:
 
 def _require(status: int) -> None:
     if status:
-        raise InputError(_kernels().siman_message(status).decode())
+        message = _kernels().siman_message(status).decode()
+        raise MemoryError(message) if message == "out of memory" else InputError(message)
 
 
 @cache

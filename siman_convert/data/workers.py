@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import torch
@@ -18,9 +21,14 @@ _GROUP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class WorkerLoader(DataLoader[Any]):
-    """A DataLoader whose workers outlive what a terminal or torchrun sends to the whole process group, from their start on."""
+    """A DataLoader, made with `worker_options`, whose workers outlive what a terminal or torchrun sends to the process group.
+
+    Forked and spawned ones from their start on, those of a fork server from `_start_worker` on.
+    """
 
     def __iter__(self) -> Any:
+        if self.num_workers:
+            _start_helpers()
         with _signals_held():
             return super().__iter__()
 
@@ -52,9 +60,19 @@ def worker_error(error: BaseException) -> SimanError | None:
     return None
 
 
+def _start_helpers() -> None:
+    """What multiprocessing starts beside workers that it does not fork, lest it do so while signals are held: the tracker would
+    let them through again, and all that the fork server ever starts would be without them."""
+    if multiprocessing.get_start_method() == "fork" or not hasattr(signal, "pthread_sigmask"):
+        return
+    resource_tracker.ensure_running()
+    if multiprocessing.get_start_method() == "forkserver":
+        importlib.import_module("multiprocessing.forkserver").ensure_running()  # Windows has none
+
+
 @contextlib.contextmanager
 def _signals_held() -> Iterator[None]:
-    """What is started inside gets no group signal before `_start_worker`; this process gets them a moment later."""
+    """What is started inside gets no group signal before `_start_worker`; this thread gets them a moment later."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return

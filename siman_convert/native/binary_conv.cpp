@@ -6,7 +6,6 @@
 namespace siman {
 namespace {
 
-constexpr size_t kSumBlock = 4096;               // elements that are summed together: part of the operator's meaning
 constexpr size_t kTaskFloats = size_t{1} << 15;  // of summing or packing: some microseconds
 
 // The mean of a sample, from its sums.

@@ -4,8 +4,8 @@
 #include "clip.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -16,25 +16,16 @@ constexpr size_t kSample = 1 << 14;
 constexpr double kDeviations = 4;       // of the sample's own percentile, on either side
 constexpr uint32_t kMost = 0x7F800000;  // infinity; a NaN is no member, and weights that hold one are lost anyway
 
-uint32_t magnitude_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits & 0x7FFFFFFF;
-}
-
-float from_bits(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
+uint32_t magnitude_bits(float value) { return std::bit_cast<uint32_t>(value) & 0x7FFFFFFF; }
 
 // The magnitudes of `total` weights in the order of their size; a magnitude is as large as the bits it consists of.
 class Order {
  public:
-  Order(const float* weights, size_t total, const TrainingKernels& kernels)
-      : weights_(weights), total_(total), kernels_(kernels), members_(new float[total + 1]) {
+  // `members` has room for all.
+  Order(const float* weights, size_t total, float* members, const TrainingKernels& kernels)
+      : weights_(weights), total_(total), members_(members), kernels_(kernels) {
     const size_t step = std::max<size_t>(1, total / kSample);
-    for (size_t i = 0; i < total; i += step) sample_.push_back(from_bits(magnitude_bits(weights[i])));
+    for (size_t i = 0; i < total; i += step) sample_.push_back(std::bit_cast<float>(magnitude_bits(weights[i])));
   }
 
   // numpy's linear interpolation between the two that lie around it, in float32.
@@ -63,7 +54,7 @@ class Order {
     size_t before = 0, found = 0;
     for (size_t i = 0; i < total_; ++i) {
       const uint32_t bits = magnitude_bits(weights_[i]);
-      members_[found] = from_bits(bits);  // kept if it belongs there
+      members_[found] = std::bit_cast<float>(bits);  // kept if it belongs there
       before += bits < low;
       found += bits - low <= high - low;
     }
@@ -71,14 +62,14 @@ class Order {
   }
 
   float at(size_t rank) const {
-    return from_bits(kernels_.select(members_.get(), found_, rank - before_, low_, high_));
+    return std::bit_cast<float>(kernels_.select(members_, found_, rank - before_, low_, high_));
   }
 
   const float* weights_;
   size_t total_;
+  float* members_;  // that are in [low_, high_]; before_ are smaller
   const TrainingKernels& kernels_;
   std::vector<float> sample_;
-  std::unique_ptr<float[]> members_;  // that are in [low_, high_]; before_ are smaller
   uint32_t low_ = 0, high_ = kMost;
   size_t before_ = 0, found_ = 0;
 };
@@ -86,8 +77,10 @@ class Order {
 }  // namespace
 
 void clip(float* weights, size_t filters, size_t count, double percent, const TrainingKernels& kernels) {
+  const std::unique_ptr<float[]> members(
+      new float[filters * count]);  // before anything is changed: there may be no room
   for (size_t f = 0; f < filters; ++f) kernels.centre(weights + f * count, count);
-  Order order(weights, filters * count, kernels);
+  Order order(weights, filters * count, members.get(), kernels);
   const float low = order.percentile(percent), high = order.percentile(100 - percent);
   for (size_t f = 0; f < filters; ++f) kernels.clamp(weights + f * count, count, low, high);
 }

@@ -14,6 +14,8 @@
 
 namespace siman {
 
+constexpr size_t kSumBlock = 4096;  // elements that are summed together: part of the operator's meaning, see mean.inl
+
 // Compare with the threshold and pack: pixels [begin, end) of one group of one sample.
 struct PackTask {
   const float* x;  // the group's first plane

@@ -1,3 +1,4 @@
+import multiprocessing
 import os
 import random
 import signal
@@ -224,13 +225,13 @@ waits, ready = os.pipe()
 seen = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: seen.append(int(number)))
-threading.Thread(target=to_the_group).start()
+threading.Thread(target=to_the_group, daemon=True).start()
 loader = eval_loader(ramp_split(3), number_only, batch_size=2, workers=1)
 print([batch.targets.tolist() for batch in iterate(loader)], sorted(seen))
 """
 
 
-@pytest.mark.skipif(not hasattr(os, "setpgid"), reason="no process groups")
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="the slow start reaches forked workers only")
 def test_a_worker_that_just_starts_outlives_a_signal_to_the_whole_group():
     """torchrun ends the processes of a training by one: what they say of it must not be that a worker died."""
     done = subprocess.run(
@@ -239,6 +240,40 @@ def test_a_worker_that_just_starts_outlives_a_signal_to_the_whole_group():
     )  # fmt: skip
     whole = [batch.targets.tolist() for batch in iterate(eval_loader(ramp_split(3), number_only, batch_size=2))]
     assert done.stdout == f"{whole} {[int(signal.SIGINT), int(signal.SIGTERM)]}\n", done.stderr
+
+
+OTHER_STARTS = """
+import multiprocessing, signal, sys
+from test_data_loading import number_only, ramp_split
+from siman_convert.data import eval_loader, iterate
+
+def blocked(answers):
+    answers.put(sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1], force=True)
+    multiprocessing.Lock()  # starts what keeps track of it, as what ran before may have done
+    loader = eval_loader(ramp_split(3), number_only, batch_size=2, workers=1)
+    batches = [batch.targets.tolist() for batch in iterate(loader)]
+    answers = multiprocessing.Queue()
+    other = multiprocessing.Process(target=blocked, args=(answers,))
+    other.start()
+    print(batches, answers.get(), sorted(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, ()))))
+    other.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are not held there")
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_what_is_not_forked_loads_too_and_leaves_no_signal_blocked(method: str, tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(OTHER_STARTS)
+    here = str(Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, str(script), method],
+        capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": here},
+    )  # fmt: skip
+    assert done.stdout == "[[0, 1], [2]] [] []\n", done.stderr
 
 
 def test_workers_ignore_ctrl_c_and_use_one_thread():

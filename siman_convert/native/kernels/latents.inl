@@ -18,9 +18,9 @@ SIMAN_INLINE void for_each(size_t count, const Body& body) {
 
 template <class Doubles>
 double sum_of(const float* x, size_t count) {
-  constexpr size_t kBlock = 4096;  // of mean.inl
   double sum = 0;
-  for (size_t i = 0; i < count; i += kBlock) sum += sum_block<Doubles>(x + i, count - i < kBlock ? count - i : kBlock);
+  for (size_t i = 0; i < count; i += kSumBlock)
+    sum += sum_block<Doubles>(x + i, count - i < kSumBlock ? count - i : kSumBlock);
   return sum;
 }
 
@@ -47,7 +47,7 @@ SIMAN_INLINE typename F::Vec sign_of(typename F::Vec v) {
 }
 
 // How many are at most `bound`.
-template <class Floats, class One>
+template <class Floats>
 size_t count_at_most(const float* x, size_t count, float bound) {
   constexpr int kTallies = 4;
   constexpr size_t kStep = kTallies * Floats::kLanes, kBlock = size_t{1} << 30;  // of whole steps: a tally has 32 bits
@@ -77,11 +77,11 @@ SIMAN_INLINE float from_pattern(uint32_t bits) {
 // The value of a 0-based rank among values that are not below 0, as the bit pattern that it is; `low` and `high`
 // enclose it. Their range is halved until it is one: in a cache faster than a partition, whose every comparison is a
 // guess.
-template <class Floats, class One>
+template <class Floats>
 uint32_t select(const float* x, size_t count, size_t rank, uint32_t low, uint32_t high) {
   while (low < high) {
     const uint32_t middle = low + (high - low) / 2;
-    if (count_at_most<Floats, One>(x, count, from_pattern(middle)) > rank)
+    if (count_at_most<Floats>(x, count, from_pattern(middle)) > rank)
       high = middle;
     else
       low = middle + 1;
@@ -97,6 +97,11 @@ struct Moments {
 template <class F>
 SIMAN_INLINE typename F::Vec centred(const float* w, float minus_mean) {
   return F::add(F::load(w), F::set(minus_mean));
+}
+
+template <class F>
+SIMAN_INLINE typename F::Vec standardized(const float* w, const Moments& m) {
+  return F::mul(centred<F>(w, m.minus_mean), F::set(m.over_std));
 }
 
 template <class Floats, class One, class Doubles>
@@ -115,30 +120,29 @@ template <class Floats, class One, class Doubles>
 void binarize(const LatentTask& t) {
   constexpr uint32_t kInfinity = 0x7F800000;
   const Moments m = moments<Floats, One, Doubles>(t.w, t.count, t.out);
+  for_each<Floats, One>(t.count,
+                        [=]<class F>(F, size_t i) { F::store(t.out + i, magnitude<F>(standardized<F>(t.w + i, m))); });
+  const float median = from_pattern(select<Floats>(t.out, t.count, (t.count - 1) / 2, 0, kInfinity));
   for_each<Floats, One>(t.count, [=]<class F>(F, size_t i) {
-    F::store(t.out + i, magnitude<F>(F::mul(centred<F>(t.w + i, m.minus_mean), F::set(m.over_std))));
+    F::store(t.out + i, negative<F>(F::signs(F::set(median), F::load(t.out + i))));
   });
-  const uint32_t median = select<Floats, One>(t.out, t.count, (t.count - 1) / 2, 0, kInfinity);
-  const float above = from_pattern(median + 1);  // the next float; a NaN after infinity, which nothing exceeds
-  for_each<Floats, One>(
-      t.count, [=]<class F>(F, size_t i) { F::store(t.out + i, F::signs(F::load(t.out + i), F::set(above))); });
 }
 
 template <class Floats, class One, class Doubles>
 void binarize_backward(const LatentTask& t) {
   const Moments m = moments<Floats, One, Doubles>(t.w, t.count, t.out);
   for_each<Floats, One>(t.count, [=]<class F>(F, size_t i) {
-    F::store(t.out + i, F::mul(F::load(t.grad + i), sign_of<F>(centred<F>(t.w + i, m.minus_mean))));
+    F::store(t.out + i, F::mul(F::load(t.grad + i), sign_of<F>(standardized<F>(t.w + i, m))));
   });
   const float mean = mean_of<Doubles>(t.out, t.count);
   for_each<Floats, One>(t.count, [=]<class F>(F, size_t i) {
-    const auto z = F::mul(centred<F>(t.w + i, m.minus_mean), F::set(m.over_std));
+    const auto z = standardized<F>(t.w + i, m);
     F::store(t.out + i, F::mul(F::mul(F::load(t.grad + i), sign_of<F>(z)), z));
   });
   const auto freedom = static_cast<double>(t.count > 1 ? t.count - 1 : 1);
   const auto slope = static_cast<float>(sum_of<Doubles>(t.out, t.count) / freedom);
   for_each<Floats, One>(t.count, [=]<class F>(F, size_t i) {
-    const auto z = F::mul(centred<F>(t.w + i, m.minus_mean), F::set(m.over_std));
+    const auto z = standardized<F>(t.w + i, m);
     const auto s = F::mul(F::load(t.grad + i), sign_of<F>(z));
     const auto straight = F::add(s, F::set(-mean));
     F::store(t.out + i, F::mul(F::add(straight, F::mul(z, F::set(-slope))), F::set(m.over_std)));
@@ -151,7 +155,7 @@ void centre(float* w, size_t count) {
   for_each<Floats, One>(count, [=]<class F>(F, size_t i) { F::store(w + i, centred<F>(w + i, minus_mean)); });
 }
 
-// Magnitudes into [low, high]; zero and NaN stay what they are.
+// Magnitudes into [low, high]; zero, of whichever sign, and NaN stay what they are.
 template <class Floats, class One>
 void clamp(float* w, size_t count, float low, float high) {
   for_each<Floats, One>(count, [=]<class F>(F, size_t i) {

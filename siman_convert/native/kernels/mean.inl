@@ -1,4 +1,4 @@
-// The sum of up to 4096 floats in the one order that every runtime shares (DESIGN, "The method, exactly"):
+// The sum of up to kSumBlock floats in the one order that every runtime shares (DESIGN, "The method, exactly"):
 // element i goes to partial sum i mod 32 in increasing i; then sums k and k+16 are added, k and k+8, ... down to 0
 // and 1.
 //

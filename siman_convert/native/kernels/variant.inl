@@ -28,7 +28,7 @@ constexpr TrainingKernels training() {
           binarize<Floats, One, Doubles>,
           binarize_backward<Floats, One, Doubles>,
           centre<Floats, One, Doubles>,
-          select<Floats, One>,
+          select<Floats>,
           clamp<Floats, One>};
 }
 
