@@ -48,16 +48,15 @@ std::unique_ptr<double[]> BinaryConv::sum_samples(const Job& job) const {
   return sums;
 }
 
-// Tasks of nearly the same number of whole vectors.
+// Tasks of nearly the same number of whole rows.
 void BinaryConv::pack(const Job& job) const {
-  constexpr size_t kVector = 16;
   const auto sums = geometry_.center ? sum_samples(job) : nullptr;
-  const size_t sum_blocks = round_up_div(job.sample, kSumBlock), vectors = round_up_div(job.plane, kVector);
-  const size_t tasks = std::min(round_up_div(job.sample, kTaskFloats), vectors);
+  const size_t sum_blocks = round_up_div(job.sample, kSumBlock);
+  const auto rows = static_cast<size_t>(job.run.image[2]), columns = static_cast<size_t>(job.run.image[3]);
+  const size_t tasks = std::min(round_up_div(job.sample, kTaskFloats), rows);
   for_each(job.pool, tasks * static_cast<size_t>(job.samples), [&](size_t i) {
     const auto sample = static_cast<int64_t>(i / tasks);
-    const size_t begin = i % tasks * vectors / tasks * kVector;
-    const size_t end = std::min((i % tasks + 1) * vectors / tasks * kVector, job.plane);
+    const size_t begin = i % tasks * rows / tasks * columns, end = (i % tasks + 1) * rows / tasks * columns;
     const float threshold = sums ? mean(sums.get() + i / tasks * sum_blocks, sum_blocks, job.sample) : 0.0f;
     for (int64_t g = 0; g < geometry_.group; ++g) pack_pixels(job, {sample, g, threshold, begin, end});
   });

@@ -18,7 +18,7 @@ class BinaryConv : public Conv {
   BinaryConv(const Geometry& geometry, const float* scale, const float* bias, const float* slope,
              const Variant& variant, const Kernel& kernel, int64_t task_macs);
 
-  // Pixels [begin, end) of one group of one sample: to be packed, where X is at least `threshold`.
+  // Pixels [begin, end), whole rows, of one group of one sample: to be packed, where X is at least `threshold`.
   struct Pixels {
     int64_t sample, group;
     float threshold;

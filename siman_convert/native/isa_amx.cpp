@@ -170,6 +170,7 @@ struct TileCodes {
 template <class Codes, int F>
 struct TileRow {
   static constexpr bool kAlwaysWhole = true;
+  static constexpr int kTogether = 1;
 
   const ConvTask& t;
   int64_t y;

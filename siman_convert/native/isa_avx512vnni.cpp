@@ -13,32 +13,34 @@ namespace {
 #include "kernels/nibbles.inl"
 #include "kernels/avx512.inl"
 
-struct Ops : NibbleLayout<64> {
-  static constexpr int kVectors = 2, kFewVectors = 1, kPixels = 8;
-  using Weights = __m512i;
-  using Activation = __m512i;
-  using Part = __m512i;  // 64 bytes
-  struct Wide {
-    __m512i low, high;  // 32 x 16 bits each: filters 0..31 and 32..63
-  };
+struct Bytes64 {
+  static constexpr int kBytes = 64;
+  using Vec = __m512i;
 
-  static Weights load(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
-  static Activation broadcast(const uint8_t* unit) { return _mm512_maskz_broadcast_i32x4(0xFFFF, table_of(unit)); }
-  template <class Value>
-  static Value opaque(Value value) {
+  static Vec load(const uint8_t* bytes) { return _mm512_loadu_si512(bytes); }
+  static Vec table(const uint8_t* bytes) {
+    return _mm512_maskz_broadcast_i32x4(0xFFFF, _mm_load_si128(reinterpret_cast<const __m128i*>(bytes)));
+  }
+  static Vec set(uint16_t lane) { return _mm512_set1_epi16(static_cast<int16_t>(lane)); }
+  static Vec look_up(Vec table, Vec indices) { return _mm512_shuffle_epi8(table, indices); }
+  static Vec add_bytes(Vec a, Vec b) { return _mm512_add_epi8(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_epi16(a, b); }
+  static Vec subtract(Vec a, Vec b) { return _mm512_sub_epi16(a, b); }
+  static Vec both(Vec a, Vec b) { return _mm512_and_si512(a, b); }
+  template <int Bits>
+  static Vec shifted_right(Vec a) {
+    return _mm512_srli_epi16(a, Bits);
+  }
+};
+
+struct Ops : NibbleOps<Bytes64> {
+  static constexpr int kVectors = 2, kFewVectors = 1, kPixels = 8;
+
+  static Vec opaque(Vec value) {
     __asm__ volatile("" : "+v"(value));
     return value;
   }
-  static void zero(Part& part) { part = _mm512_setzero_si512(); }
-  static void zero(Wide& wide) { wide.low = wide.high = _mm512_setzero_si512(); }
-  static void count(Part& part, Weights w, Activation table) {
-    part = _mm512_add_epi8(part, _mm512_shuffle_epi8(table, w));
-  }
-  static void flush(Part& part, Wide& wide) {
-    wide.low = _mm512_add_epi16(wide.low, _mm512_and_si512(part, _mm512_set1_epi16(0xFF)));
-    wide.high = _mm512_add_epi16(wide.high, _mm512_srli_epi16(part, 8));
-    zero(part);
-  }
+  static Part opaque(Part part) { return {opaque(part.first), opaque(part.second)}; }
   static void store(const Wide& wide, const int32_t* base, int32_t* acc) {
     store_16(half<0>(wide.low), base, acc);
     store_16(half<1>(wide.low), base + 16, acc + 16);

@@ -105,6 +105,7 @@ void QuantizedConv::quantize_piece(const Job& job, const Piece& p) const {
 void QuantizedConv::describe(const Job& job, const Block& block, ConvTask& task) const {
   task.rows = {image_size(job, 0), job.convolved[0], geometry_.kernel[0], step(0), 0, 1};
   task.columns = {image_size(job, 1), job.convolved[1], 1, step(1), 0, 1};
+  task.row_bytes = static_cast<size_t>(image_size(job, 1)) * pixel_bytes_;
   task.channels = geometry_.channels * geometry_.kernel[1];
   task.base = base_.get() + block.slot;
   task.residual = &kNoResidual;

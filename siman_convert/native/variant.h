@@ -27,6 +27,17 @@ struct PackTask {
   size_t begin, end;
 };
 
+// Rows of bits to units of two pixels each: of a pixel, and of its partner `distance` columns further on, which is 0
+// where there is no such column. See kernels/nibbles.inl.
+struct PairTask {
+  const uint8_t* bits;  // whole 64-channel words, by rows and pixels
+  size_t words;         // of a pixel
+  size_t rows, columns;
+  size_t distance;
+  size_t partners;  // so many first columns of a row come before it, each as the partner of nothing
+  uint8_t* units;   // [row][partners + columns]
+};
+
 // Bits to bytes, +1 and -1, for pixels that follow one another; the channels are filled up to whole words with 0.
 struct SpreadTask {
   const uint8_t* bits;  // whole 64-channel words
@@ -57,8 +68,11 @@ struct ConvTask {
   Axis rows, columns;      // quantized: without padding, and a row of the kernel is one tap; matrix: see matrix.inl
   int64_t channels;        // of one tap
   int64_t units;           // of one tap: see Kernel
-  const uint8_t* packed;   // of the group, by rows and pixels; binary: H*W pixels, then one more that is all 0
+  const uint8_t* packed;   // of the group, by rows and pixels
   size_t pixel_bytes;      // from pixel to pixel
+  size_t row_bytes;        // from row to row; not of a matrix
+  int64_t partners;        // binary: before each row, see PairTask
+  const uint8_t* zeros;    // binary: a pixel of zeros
   size_t unit_bytes;       // matrix: from unit to unit
   const uint8_t* weights;  // of the block
   const int32_t* ones;     // binary: ones[(i*(kW+1) + j)*ones_stride + f]: set bits of filter f in the taps above i,
@@ -89,11 +103,12 @@ struct Kernel {
   void (*convolve)(const ConvTask& task);
 };
 
-// siman.BinaryConv2d: a packed pixel holds the units of whole 64-channel words.
+// siman.BinaryConv2d: a pixel holds the units of whole 64-channel words.
 struct BinaryKernels {
   Kernel kernel;
   double (*sum_block)(const float* x, size_t count);
   void (*pack)(const PackTask& task);
+  void (*pair)(const PairTask& task);  // null: a unit is of one pixel, and what was packed stays as it is
   // puts the weights of one tap of one filter into its lane, the units being `unit_stride` bytes apart
   void (*place)(const uint8_t* tap, size_t tap_bytes, int lane, uint8_t* vector, size_t unit_stride);
   int64_t (*count_registers)(int64_t steps, int32_t* sink);  // see ceiling.inl

@@ -13,10 +13,11 @@ constexpr int64_t kTaskMacs = 1 << 23;  // of one bit; some ten microseconds
 XorConv::XorConv(const Geometry& geometry, const uint8_t* weights, const float* scale, const float* bias,
                  const float* slope, const Variant& variant)
     : BinaryConv(geometry, scale, bias, slope, variant, variant.binary.kernel, kTaskMacs),
+      words_(static_cast<size_t>((geometry.channels + 63) / 64)),
       ones_(std::make_unique<int32_t[]>(static_cast<size_t>((geometry.kernel[0] + 1) * (geometry.kernel[1] + 1)) *
                                         slots_)) {
   const Kernel& kernel = kernels_.kernel;
-  pixel_bytes_ = static_cast<size_t>((geometry.channels + 63) / 64 * (64 / kernel.unit_channels) * kernel.unit_bytes);
+  pixel_bytes_ = words_ * static_cast<size_t>(64 / kernel.unit_channels * kernel.unit_bytes);
   lay_out([&](const Place& to) {
     kernels_.place(tap(weights, to.filter, to.tap), tap_bytes_, to.lane, to.vector, to.unit_stride);
     if (to.tap == 0) count_ones(weights, to.filter, to.slot);
@@ -39,13 +40,37 @@ void XorConv::count_ones(const uint8_t* weights, int64_t filter, size_t slot) {
   }
 }
 
+// Taps beside the image meet columns before its first one, and these their partners.
+size_t XorConv::partners(const Job& job) const {
+  if (!kernels_.pair || geometry_.pads[1] == 0) return 0;
+  return static_cast<size_t>(std::min(geometry_.strides[1], job.run.image[3]));
+}
+
+size_t XorConv::row_bytes(const Job& job) const {
+  return (partners(job) + static_cast<size_t>(job.run.image[3])) * pixel_bytes_;
+}
+
 // With a pixel of zeros after the others.
-size_t XorConv::packed_bytes(const Job& job) const { return (job.plane + 1) * pixel_bytes_; }
+size_t XorConv::image_bytes(const Job& job) const {
+  return static_cast<size_t>(job.run.image[2]) * row_bytes(job) + pixel_bytes_;
+}
+
+// The image, and then its bits where pixels are paired.
+size_t XorConv::packed_bytes(const Job& job) const {
+  return image_bytes(job) + (kernels_.pair ? job.plane * words_ * sizeof(uint64_t) : 0);
+}
 
 void XorConv::pack_pixels(const Job& job, const Pixels& p) const {
   uint8_t* packed = job.packed_group(p.sample, p.group, geometry_.group);
-  pack_bits(job, p, packed, pixel_bytes_);
-  if (p.end == job.plane) std::memset(packed + job.plane * pixel_bytes_, 0, pixel_bytes_);
+  if (p.end == job.plane) std::memset(packed + image_bytes(job) - pixel_bytes_, 0, pixel_bytes_);
+  if (!kernels_.pair) return pack_bits(job, p, packed, pixel_bytes_);
+  const size_t bit_bytes = words_ * sizeof(uint64_t);
+  uint8_t* bits = packed + image_bytes(job);
+  pack_bits(job, p, bits, bit_bytes);
+  const auto columns = static_cast<size_t>(job.run.image[3]);
+  kernels_.pair({bits + p.begin * bit_bytes, words_, (p.end - p.begin) / columns, columns,
+                 static_cast<size_t>(geometry_.strides[1]), partners(job),
+                 packed + p.begin / columns * row_bytes(job)});
 }
 
 void XorConv::describe(const Job& job, const Block& block, ConvTask& task) const {
@@ -53,6 +78,10 @@ void XorConv::describe(const Job& job, const Block& block, ConvTask& task) const
   const auto axis = [&](int i) {
     return Axis{job.run.image[2 + i], job.convolved[i], g.kernel[i], g.strides[i], g.pads[i], g.dilations[i]};
   };
+  task.zeros = task.packed + image_bytes(job) - pixel_bytes_;
+  task.partners = static_cast<int64_t>(partners(job));
+  task.packed += partners(job) * pixel_bytes_;
+  task.row_bytes = row_bytes(job);
   task.rows = axis(0);
   task.columns = axis(1);
   task.ones = ones_.get() + block.slot;

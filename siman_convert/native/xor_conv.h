@@ -13,10 +13,15 @@ class XorConv final : public BinaryConv {
  private:
   void count_ones(const uint8_t* weights, int64_t filter, size_t slot);
 
+  size_t partners(const Job& job) const;  // see PairTask
+  size_t row_bytes(const Job& job) const;
+  size_t image_bytes(const Job& job) const;
+
   size_t packed_bytes(const Job& job) const override;
   void pack_pixels(const Job& job, const Pixels& pixels) const override;
   void describe(const Job& job, const Block& block, ConvTask& task) const override;
 
+  size_t words_;                     // of 64 channels, that a pixel has
   std::unique_ptr<int32_t[]> ones_;  // see ConvTask::ones; [kH+1][kW+1][slots]
 };
 

@@ -89,7 +89,7 @@ CasePtr draw_binary(Random& random) {
   g.center = draw(random, 0, 1);
   for (int i = 0; i < 2; ++i) {
     g.kernel[i] = draw(random, 1, 4);
-    g.strides[i] = draw(random, 1, 3);
+    g.strides[i] = draw(random, 0, 7) ? draw(random, 1, 3) : draw(random, 4, 20);
     g.dilations[i] = draw(random, 0, 2) ? 1 : draw(random, 2, 3);
     g.pads[i] = draw(random, 0, 3);
     g.pads[i + 2] = draw(random, 0, 3);

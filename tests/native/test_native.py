@@ -124,6 +124,8 @@ SHAPES = {  # what networks have: channels, filters, size, and what differs from
     "beyond what tiles are for": (64, 64, 9, {"pads": [0, 40, 30, 0], "dilations": [9, 17]}),
     "as wide as its kernel": (64, 64, 9, {"kernel": (1, 9), "pads": [0] * 4}),
     "one output pixel": (64, 64, 3, {"pads": [0] * 4}),
+    "sums of more than 16 bits": (150_000, 33, 2, {"kernel": (1, 1), "pads": [0] * 4}),
+    "strides beyond the image": (32, 40, 5, {"pads": [3, 4, 3, 4], "strides": [2, 6]}),
     "pads that no tap reaches": (32, 32, 8, {"pads": [2, 3, 3, 2], "strides": [3, 3], "kernel": (2, 1)}),
 }
 

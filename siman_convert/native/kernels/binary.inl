@@ -33,22 +33,33 @@ inline void base_of_pixel(const ConvTask& t, Taps rows, Taps columns, int count,
   }
 }
 
+// Column `at` of a row: an input pixel, or one before the row whose partner is in it, or one of zeros.
+template <class Ops>
+const uint8_t* pixel_at(const ConvTask& t, const uint8_t* row, int64_t at) {
+  if (at >= 0 && at < t.columns.in) return row + static_cast<size_t>(at) * t.pixel_bytes;
+  if constexpr (Ops::kUnitPixels > 1) {
+    const int64_t partner = at + t.columns.stride;
+    if (at < 0 && partner >= 0 && partner < t.partners)
+      return row - static_cast<size_t>(t.partners - partner) * t.pixel_bytes;
+  }
+  return t.zeros;
+}
+
 // As tile_inside, for pixels some of whose taps are beside the image: these read zeros.
 template <class Ops, int F, int P>
 SIMAN_NOINLINE void tile_clipped(const ConvTask& t, Taps rows, int64_t y, int64_t x, const int32_t* const* base,
                                  int32_t* acc) {
   const size_t tap_bytes = static_cast<size_t>(t.units) * F * Ops::kVectorBytes;
-  const uint8_t* zeros = t.packed + static_cast<size_t>(t.rows.in * t.columns.in) * t.pixel_bytes;
   Tile<Ops, F, P> tile(base, acc);
   for (int64_t i = rows.first; i < rows.last; ++i) {
     const int64_t in_y = y * t.rows.stride - t.rows.pad + i * t.rows.dilation;
-    const uint8_t* row = t.packed + static_cast<size_t>(in_y * t.columns.in) * t.pixel_bytes;
+    const uint8_t* row = t.packed + static_cast<size_t>(in_y) * t.row_bytes;
     const uint8_t* weights = t.weights + static_cast<size_t>(i * t.columns.kernel) * tap_bytes;
     for (int64_t j = 0; j < t.columns.kernel; ++j) {
-      const uint8_t* pixels[P];
-      for (int p = 0; p < P; ++p) {
-        const int64_t in_x = (x + p) * t.columns.stride - t.columns.pad + j * t.columns.dilation;
-        pixels[p] = in_x >= 0 && in_x < t.columns.in ? row + static_cast<size_t>(in_x) * t.pixel_bytes : zeros;
+      const uint8_t* pixels[tile.kGroups];
+      for (int g = 0; g < tile.kGroups; ++g) {
+        const int64_t at = (x + g * Ops::kUnitPixels) * t.columns.stride - t.columns.pad + j * t.columns.dilation;
+        pixels[g] = pixel_at<Ops>(t, row, at);
       }
       tile.add(weights, pixels, t.units);
     }
@@ -67,6 +78,7 @@ inline Taps columns_inside(const Axis& axis) {
 template <class Ops, int F>
 struct BinaryRow {
   static constexpr bool kAlwaysWhole = false;
+  static constexpr int kTogether = Ops::kUnitPixels;
   static constexpr int kFilters = F * Ops::kLanes;
 
   const ConvTask& t;

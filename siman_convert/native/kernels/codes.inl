@@ -5,6 +5,7 @@ template <int Lanes, int Codes, class CodeType, class Weight>
 struct CodeLayout {
   using Code = CodeType;
   static constexpr int kLanes = Lanes;
+  static constexpr int kUnitPixels = 1, kStepUnits = 1;
   static constexpr int kUnitChannels = Codes, kUnitBytes = Codes * sizeof(Code), kVectorBytes = kUnitBytes * Lanes;
   static constexpr int64_t kUnitsPerFlush = kMostUnits, kFlushes = 1;  // 32 bits are enough: see quantized.inl
 

@@ -8,12 +8,15 @@
 //   load(const uint8_t*), broadcast(const uint8_t*), zero(Part&), zero(Wide&)
 //   count(Part&, Weights, Activation)         what weights and activation come to is added
 //   kUnitsPerFlush, flush(Part&, Wide&)       after so many units a Part may be full: add it to the Wide, clear it
+//   kUnitPixels, kStepUnits                   neighbouring pixels that a unit is of; units that one step takes
+// Where a unit is of two pixels, so is a Part: flush(Part&, Wide&, Wide&). Where a step takes several units, it is
+// differing(Weights, Activation), plus(a, b) of what that returns, and count(Part&, sum).
 //   kFlushes, store(Wide, base, acc)          after so many flushes a Wide may be full: acc = base and what it comes to
 //
 // A Row<Ops, F> says what the two kinds of convolution, binary.inl and quantized.inl, do not share:
 //   Row(const ConvTask&), start(int64_t y)    before the first tile of an output row
 //   tile<P>(int64_t x, int32_t* acc)          acc of output pixels (y, x) .. (y, x + P - 1), whatever base they need
-//   kAlwaysWhole                              whether P is always kPixels
+//   kAlwaysWhole, kTogether                   whether P is always kPixels; pixels that are best not parted
 
 // More than a pixel has, whose taps times channels are at most 2^24: such a Part is flushed once, at the end.
 constexpr int64_t kMostUnits = (1 << 24) + 1;
@@ -21,52 +24,90 @@ constexpr int64_t kMostUnits = (1 << 24) + 1;
 // The sums of one tile on their way to acc. All of it has to end up in registers, hence always inlined.
 template <class Ops, int F, int P>
 struct Tile {
-  typename Ops::Part part[F][P];
-  typename Ops::Wide wide[F][P];
+  static constexpr int kTogether = Ops::kUnitPixels, kGroups = (P + kTogether - 1) / kTogether;
+
+  typename Ops::Part part[F][kGroups];
+  typename Ops::Wide wide[F][kGroups * kTogether];
   int64_t room = Ops::kUnitsPerFlush, flushes = 0;
   const int32_t* base[P];  // of acc, or acc itself after a first store
   int32_t* acc;
 
   SIMAN_INLINE Tile(const int32_t* const* base_of, int32_t* to) : acc(to) {
     for (int p = 0; p < P; ++p) base[p] = base_of[p];
-    for (int f = 0; f < F; ++f)
-      for (int p = 0; p < P; ++p) Ops::zero(part[f][p]), Ops::zero(wide[f][p]);
+    for (int f = 0; f < F; ++f) {
+      for (auto& sums : part[f]) Ops::zero(sums);
+      for (auto& sums : wide[f]) Ops::zero(sums);
+    }
   }
 
   // So many units of weights and of each pixel, which follow one another in memory; all pointers are moved on.
-  SIMAN_INLINE void add(const uint8_t*& weights, const uint8_t* (&pixels)[P], int64_t units) {
+  // A Part is flushed before what does not fit, not when it is full: so few units as possible are cut off.
+  SIMAN_INLINE void add(const uint8_t*& weights, const uint8_t* (&pixels)[kGroups], int64_t units) {
     while (units > 0) {
-      const int64_t now = units < room ? units : room;
+      const int64_t now = units < Ops::kUnitsPerFlush ? units : Ops::kUnitsPerFlush;
+      if (room < now) flush();
       add_some(weights, pixels, now);
       weights += static_cast<size_t>(now) * F * Ops::kVectorBytes;
       for (auto& pixel : pixels) pixel += now * Ops::kUnitBytes;
       units -= now;
       room -= now;
-      if (room == 0) flush();
     }
   }
 
   SIMAN_INLINE void finish() {
-    for (int f = 0; f < F; ++f)
-      for (int p = 0; p < P; ++p) Ops::flush(part[f][p], wide[f][p]);
+    widen();
     store();
   }
 
- private:
-  SIMAN_INLINE void add_some(const uint8_t* weights, const uint8_t* const (&pixels)[P], int64_t units) {
-    for (int64_t u = 0; u < units; ++u, weights += F * Ops::kVectorBytes) {
-      typename Ops::Weights w[F];
-      for (int f = 0; f < F; ++f) w[f] = Ops::load(weights + f * Ops::kVectorBytes);
-      for (int p = 0; p < P; ++p) {
-        const auto a = Ops::broadcast(pixels[p] + u * Ops::kUnitBytes);
-        for (int f = 0; f < F; ++f) Ops::count(part[f][p], w[f], a);
+  SIMAN_INLINE void add_some(const uint8_t* weights, const uint8_t* const (&pixels)[kGroups], int64_t units) {
+    constexpr int kStep = Ops::kStepUnits;
+    int64_t u = 0;
+    for (; u + kStep <= units; u += kStep, weights += kStep * F * Ops::kVectorBytes) step<kStep>(weights, pixels, u);
+    if constexpr (kStep > 1)
+      for (; u < units; ++u, weights += F * Ops::kVectorBytes) step<1>(weights, pixels, u);
+  }
+
+  template <int Units>
+  SIMAN_INLINE void step(const uint8_t* weights, const uint8_t* const (&pixels)[kGroups], int64_t u) {
+    typename Ops::Weights w[Units][F];
+    for (int i = 0; i < Units; ++i)
+      for (int f = 0; f < F; ++f) w[i][f] = Ops::load(weights + (i * F + f) * Ops::kVectorBytes);
+    for (int g = 0; g < kGroups; ++g) {
+      typename Ops::Activation a[Units];
+      for (int i = 0; i < Units; ++i) a[i] = Ops::broadcast(pixels[g] + (u + i) * Ops::kUnitBytes);
+      count<Units>(g, w, a);
+    }
+  }
+
+  // Filter after filter would keep all activations in registers.
+  template <int Units>
+  SIMAN_INLINE void count(int g, const typename Ops::Weights (&w)[Units][F],
+                          const typename Ops::Activation (&a)[Units]) {
+    if constexpr (Ops::kStepUnits == 1) {
+      for (int f = 0; f < F; ++f) Ops::count(part[f][g], w[0][f], a[0]);
+    } else {
+      decltype(Ops::differing(w[0][0], a[0])) sums[F];
+      for (int f = 0; f < F; ++f) sums[f] = Ops::differing(w[0][f], a[0]);
+      for (int i = 1; i < Units; ++i)
+        for (int f = 0; f < F; ++f) sums[f] = Ops::plus(sums[f], Ops::differing(w[i][f], a[i]));
+      for (int f = 0; f < F; ++f) Ops::count(part[f][g], sums[f]);
+    }
+  }
+
+  SIMAN_INLINE void widen() {
+    for (int f = 0; f < F; ++f) {
+      for (int g = 0; g < kGroups; ++g) {
+        if constexpr (kTogether > 1) {
+          Ops::flush(part[f][g], wide[f][2 * g], wide[f][2 * g + 1]);
+        } else {
+          Ops::flush(part[f][g], wide[f][g]);
+        }
       }
     }
   }
 
   SIMAN_INLINE void flush() {
-    for (int f = 0; f < F; ++f)
-      for (int p = 0; p < P; ++p) Ops::flush(part[f][p], wide[f][p]);
+    widen();
     room = Ops::kUnitsPerFlush;
     if (++flushes < Ops::kFlushes) return;
     store();
@@ -103,18 +144,18 @@ SIMAN_NOINLINE void tile_inside(const ConvTask& t, Taps rows, int64_t y, int64_t
   const int64_t taps = one_tap ? 1 : t.columns.kernel, units = one_tap ? t.units * t.columns.kernel : t.units;
   const int64_t in_y = y * t.rows.stride - t.rows.pad + rows.first * t.rows.dilation;
   const int64_t in_x = x * t.columns.stride - t.columns.pad;
-  const uint8_t* row = t.packed + (in_y * t.columns.in + in_x) * static_cast<int64_t>(t.pixel_bytes);
+  const uint8_t* row = t.packed + static_cast<size_t>(in_y) * t.row_bytes + static_cast<size_t>(in_x) * t.pixel_bytes;
   const uint8_t* weights = t.weights + static_cast<size_t>(rows.first * t.columns.kernel * t.units) * unit_bytes;
   Tile<Ops, F, P> tile(base, acc);
   for (int64_t i = rows.first; i < rows.last; ++i) {
     const uint8_t* at = row;
     for (int64_t j = 0; j < taps; ++j) {
-      const uint8_t* pixels[P];
-      for (int p = 0; p < P; ++p) pixels[p] = at + static_cast<size_t>(p) * step;
+      const uint8_t* pixels[tile.kGroups];
+      for (int g = 0; g < tile.kGroups; ++g) pixels[g] = at + static_cast<size_t>(g * Ops::kUnitPixels) * step;
       tile.add(weights, pixels, units);
       at += static_cast<size_t>(t.columns.dilation) * t.pixel_bytes;
     }
-    row += static_cast<size_t>(t.rows.dilation * t.columns.in) * t.pixel_bytes;
+    row += static_cast<size_t>(t.rows.dilation) * t.row_bytes;
   }
   tile.finish();
 }
@@ -152,11 +193,11 @@ struct Acc {
 };
 
 // Where piece i of n begins: pieces of `whole`, and what is left, or all of nearly the same length (7 pixels are 4 + 3,
-// not 6 + 1).
-template <bool kWhole>
+// not 6 + 1), with so many pixels kept together.
+template <bool kWhole, int kTogether>
 int64_t cut(int64_t length, int64_t whole, int64_t i, int64_t n) {
-  if (!kWhole) return i * length / n;
-  return i * whole < length ? i * whole : length;
+  const int64_t at = kWhole ? i * whole : round_up_div(i * length / n, kTogether) * kTogether;
+  return at < length ? at : length;
 }
 
 // Rows [row_begin, row_end) in segments of at most kSegment pixels, whole rows where they are short: their acc stays in
@@ -164,7 +205,8 @@ int64_t cut(int64_t length, int64_t whole, int64_t i, int64_t n) {
 template <class Row, class Ops, int F, class Finish>
 void convolve_rows(const ConvTask& t, int64_t row_begin, int64_t row_end, Acc<Ops, F>& segment, const Finish& finish) {
   constexpr int64_t kFilters = F * Ops::kLanes, kPixels = Ops::kPixels;
-  constexpr auto kCut = cut<Row::kAlwaysWhole>;
+  constexpr auto kCut = cut<Row::kAlwaysWhole, Row::kTogether>;
+  static_assert(kPixels % Row::kTogether == 0);
   int32_t* acc = segment.sums;
   Row row(t);
   const int64_t columns = t.columns.out, chunks = round_up_div(columns, kSegment);

@@ -50,8 +50,8 @@ struct Waiting {
   SIMAN_INLINE void finish(int64_t done, int64_t steps) {
     for (; finished < count && finished * steps < count * done; finished += kLanes) {
       const int64_t left = count - finished;
-      finish_block<Floats>(task, acc + finished * kLanes, kLanes, 0, static_cast<size_t>(pixel + finished),
-                           static_cast<size_t>(left < kLanes ? left : kLanes));
+      finish_block<Floats>(task, Filters<Floats>(task, 0), acc + finished * kLanes, kLanes,
+                           static_cast<size_t>(pixel + finished), static_cast<size_t>(left < kLanes ? left : kLanes));
     }
   }
 };

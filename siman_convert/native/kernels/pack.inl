@@ -41,7 +41,8 @@ void pack_lanes(const PackTask& t, size_t pixel) {
   }
 }
 
-// `One` is Floats of a single lane, for what does not fill a vector.
+// What is left over of the vectors is packed by one that begins before it, whose other pixels are the same a second
+// time. `One` is Floats of a single lane, for fewer pixels than a vector has.
 template <class Floats, class One, class Ops>
 void pack(const PackTask& t) {
   constexpr int kMany = 4;
@@ -49,5 +50,7 @@ void pack(const PackTask& t) {
   for (; pixel + kMany * Floats::kLanes <= t.end; pixel += kMany * Floats::kLanes)
     pack_lanes<Floats, Ops, kMany>(t, pixel);
   for (; pixel + Floats::kLanes <= t.end; pixel += Floats::kLanes) pack_lanes<Floats, Ops, 1>(t, pixel);
+  if (pixel == t.end) return;
+  if (t.end - t.begin >= Floats::kLanes) return pack_lanes<Floats, Ops, 1>(t, t.end - Floats::kLanes);
   for (; pixel < t.end; ++pixel) pack_lanes<One, Ops, 1>(t, pixel);
 }

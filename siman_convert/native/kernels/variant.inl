@@ -16,6 +16,12 @@ constexpr Kernel kernel(void (*convolve)(const ConvTask&)) {
           Ops::kUnitBytes, Ops::kVectorBytes, convolve};
 }
 
+template <class Ops>
+constexpr auto pair_of() -> void (*)(const PairTask&) {
+  if constexpr (Ops::kUnitPixels > 1) return Ops::pair;
+  return nullptr;
+}
+
 template <class Ops, class Floats>
 constexpr QuantizedKernels quantized(void (*convolve)(const ConvTask&)) {
   return {kernel<Ops>(convolve), sizeof(typename Ops::Code), quantize<Floats, Ops>, Ops::place};
@@ -36,8 +42,8 @@ constexpr TrainingKernels training() {
 template <class Ops, class Floats, class One, class Doubles>
 constexpr Variant variant(const char* name, QuantizedKernels quantized, MatrixKernels matrix = {}) {
   return {name,
-          {kernel<Ops>(convolve<BinaryRow, Ops, Floats>), sum_block<Doubles>, pack<Floats, One, Ops>, Ops::place,
-           count_registers<Ops>},
+          {kernel<Ops>(convolve<BinaryRow, Ops, Floats>), sum_block<Doubles>, pack<Floats, One, Ops>, pair_of<Ops>(),
+           Ops::place, count_registers<Ops>},
           quantized,
           matrix,
           training<Floats, One, Doubles>()};

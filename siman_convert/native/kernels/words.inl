@@ -4,6 +4,7 @@
 template <int Lanes, class Word>
 struct WordLayout {
   static constexpr int kLanes = Lanes;
+  static constexpr int kUnitPixels = 1, kStepUnits = 1;
   static constexpr int kUnitBytes = sizeof(Word), kUnitChannels = 8 * kUnitBytes, kVectorBytes = kUnitBytes * Lanes;
   static constexpr int kWordBytes = 8;
 
