@@ -18,20 +18,21 @@ class BinaryConv : public Conv {
   BinaryConv(const Geometry& geometry, const float* scale, const float* bias, const float* slope,
              const Variant& variant, const Kernel& kernel, int64_t task_macs);
 
-  // Pixels [begin, end), whole rows, of one group of one sample: to be packed, where X is at least `threshold`.
-  struct Pixels {
+  // Rows [begin, end) of one group of one sample: to be packed, where X is at least `threshold`.
+  struct Rows {
     int64_t sample, group;
     float threshold;
     size_t begin, end;
   };
-  virtual void pack_pixels(const Job& job, const Pixels& pixels) const = 0;
+  virtual void pack_rows(const Job& job, const Rows& rows) const = 0;
 
   const uint8_t* tap(const uint8_t* weights, int64_t filter, int64_t at) const;
-  void pack_bits(const Job& job, const Pixels& pixels, uint8_t* packed, size_t pixel_bytes) const;
+  void pack_bits(const Job& job, const Rows& rows, uint8_t* packed, size_t pixel_bytes) const;
   void pack(const Job& job) const final;
 
   const BinaryKernels& kernels_;
   size_t tap_bytes_;  // of one tap of one filter, as handed over
+  size_t bit_bytes_;  // of a pixel's bits, in whole 64-channel words
 
  private:
   std::unique_ptr<double[]> sum_samples(const Job& job) const;  // [sample][block of 4096 elements]

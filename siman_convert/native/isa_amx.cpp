@@ -156,7 +156,7 @@ struct Tiles {
 // Codes as AVX-512 has them, 64 of a kernel row and 16 pixels times 16 filters an instruction.
 struct TileCodes {
   using Code = uint8_t;
-  static constexpr int kLanes = 16, kVectors = 4, kFewVectors = 1, kPixels = 16;
+  static constexpr int kLanes = 16, kVectors = 4, kFewVectors = 1, kPixels = 16, kUnitPixels = 1;
   static constexpr int kUnitChannels = 64, kUnitBytes = 64, kVectorBytes = 1024;
 
   static void place(const int8_t* tap, size_t channels, int lane, uint8_t* vector, size_t unit_stride) {
@@ -170,7 +170,6 @@ struct TileCodes {
 template <class Codes, int F>
 struct TileRow {
   static constexpr bool kAlwaysWhole = true;
-  static constexpr int kTogether = 1;
 
   const ConvTask& t;
   int64_t y;
@@ -183,11 +182,10 @@ struct TileRow {
     static_assert(P == Tiles::kPixels && (F == 1 || F == 4));
     const int64_t units = t.units, in_y = y * t.rows.stride, in_x = x * t.columns.stride;
     const size_t step = static_cast<size_t>(t.columns.stride) * t.pixel_bytes;
-    const size_t line = static_cast<size_t>(t.columns.in) * t.pixel_bytes;
     const uint8_t* weights = t.weights;
-    const uint8_t* row = t.packed + static_cast<size_t>(in_y) * line + static_cast<size_t>(in_x) * t.pixel_bytes;
+    const uint8_t* row = t.packed + static_cast<size_t>(in_y) * t.row_bytes + static_cast<size_t>(in_x) * t.pixel_bytes;
     Tiles::load_base<F>(t.base);
-    for (int64_t i = 0; i < t.rows.kernel; ++i, row += line)
+    for (int64_t i = 0; i < t.rows.kernel; ++i, row += t.row_bytes)
       for (int64_t u = 0; u < units; ++u, weights += F * Codes::kVectorBytes)
         Tiles::add_codes<F>(row + u * Codes::kUnitBytes, step, weights);
     Tiles::store_codes<F>(acc);

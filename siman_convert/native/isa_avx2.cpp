@@ -32,6 +32,7 @@ struct Bytes32 {
   }
 };
 
+// 2 vectors x 6 pixels are 12 sums, 2 of which GCC keeps in memory: still 2 % faster than 4 pixels on a Cascade Lake.
 struct Ops : NibbleOps<Bytes32> {
   static constexpr int kVectors = 2, kFewVectors = 1, kPixels = 6;
 

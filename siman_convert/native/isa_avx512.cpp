@@ -1,8 +1,9 @@
 // AVX-512 with VPOPCNTDQ and VNNI.
 //
 // Measured on a Sapphire Rapids, one core, G one-bit MAC/s: these three instructions on registers 953, counting 64-bit
-// lanes or bytes (with VNNI to add them) the same; look-up tables as AVX2's 676, of 64 bytes (VPERMB) 1000 but for 6
-// channels a step, of 128 bytes 571.
+// lanes or bytes (with VNNI to add them) the same; look-up tables of one pixel, of 16 bytes 676, of 64 bytes (VPERMB)
+// 1000 but for 6 channels a step, of 128 bytes 571. AVX2's tables of two pixels, not measured there, take as many
+// instructions as these three for as many bits.
 #include <immintrin.h>
 
 #include "variant.h"

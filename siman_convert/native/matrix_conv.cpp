@@ -34,8 +34,7 @@ bool MatrixConv::suits(const Geometry& g, const Variant& variant) {
 
 MatrixConv::MatrixConv(const Geometry& geometry, const uint8_t* weights, const float* scale, const float* bias,
                        const float* slope, const Variant& variant)
-    : BinaryConv(geometry, scale, bias, slope, variant, variant.matrix.kernel, kTaskMacs),
-      bit_bytes_(static_cast<size_t>((geometry.channels + 63) / 64 * 8)) {
+    : BinaryConv(geometry, scale, bias, slope, variant, variant.matrix.kernel, kTaskMacs) {
   const Kernel& kernel = variant.matrix.kernel;
   pixel_bytes_ = static_cast<size_t>(kernel.unit_bytes);
   const auto tap_stride = static_cast<size_t>(kernel.vector_bytes),
@@ -72,37 +71,33 @@ size_t MatrixConv::packed_bytes(const Job& job) const {
   return round_up_div(image_bytes(job) + job.plane * bit_bytes_, 64) * 64;
 }
 
-void MatrixConv::pack_pixels(const Job& job, const Pixels& p) const {
-  uint8_t* packed = job.packed_group(p.sample, p.group, geometry_.group);
+void MatrixConv::pack_rows(const Job& job, const Rows& rows) const {
+  uint8_t* packed = job.packed_group(rows.sample, rows.group, geometry_.group);
   uint8_t* bits = packed + image_bytes(job);
-  pack_bits(job, p, bits, bit_bytes_);
+  pack_bits(job, rows, bits, bit_bytes_);
   const Image to = image(job);
   const auto width = static_cast<size_t>(job.run.image[3]), channels = static_cast<size_t>(geometry_.channels);
   const auto left = static_cast<size_t>(geometry_.pads[1]), columns = static_cast<size_t>(to.columns);
   const size_t bytes = unit_bytes(to), room = columns > left ? columns - left : 0, used = width < room ? width : room;
-  for (size_t pixel = p.begin; pixel < p.end;) {
-    const size_t x = pixel % width, end = std::min(pixel - x + width, p.end);
-    const int64_t row = static_cast<int64_t>(pixel / width) + geometry_.pads[0];
-    if (row < to.phases * to.rows && x < used) {
-      uint8_t* first = packed + (to.first(row) + left + x) * pixel_bytes_;
-      variant().matrix.spread({bits + pixel * bit_bytes_, channels, std::min(end - pixel, used - x), first, bytes});
-    }
-    pixel = end;
+  for (size_t y = rows.begin; used > 0 && y < rows.end; ++y) {
+    const int64_t row = static_cast<int64_t>(y) + geometry_.pads[0];
+    if (row >= to.phases * to.rows) break;
+    uint8_t* first = packed + (to.first(row) + left) * pixel_bytes_;
+    variant().matrix.spread({bits + y * width * bit_bytes_, channels, used, first, bytes});
   }
-  clear_padding(job, p, packed);
+  clear_padding(job, rows, packed);
 }
 
-// Of the rows that begin among these pixels; with the first of X what is above, with the last what is below.
-void MatrixConv::clear_padding(const Job& job, const Pixels& p, uint8_t* packed) const {
+// Of these rows; with the first of X what is above, with the last what is below.
+void MatrixConv::clear_padding(const Job& job, const Rows& of, uint8_t* packed) const {
   const Image to = image(job);
   const size_t bytes = unit_bytes(to);
-  const auto width = static_cast<size_t>(job.run.image[3]);
-  const int64_t above = geometry_.pads[0], left = geometry_.pads[1], rows = to.phases * to.rows;
-  const auto first = static_cast<int64_t>(round_up_div(p.begin, width)),
-             last = static_cast<int64_t>(round_up_div(p.end, width));
-  const int64_t begin = p.begin == 0 ? 0 : above + first, end = p.end == job.plane ? rows : above + last;
+  const int64_t height = job.run.image[2], above = geometry_.pads[0], left = geometry_.pads[1];
+  const auto first = static_cast<int64_t>(of.begin), last = static_cast<int64_t>(of.end);
+  const int64_t rows = to.phases * to.rows, begin = first == 0 ? 0 : above + first;
+  const int64_t end = last == height ? rows : above + last;
   for (int64_t row = begin; row < std::min(end, rows); ++row) {
-    const bool is_image = row >= above && row < above + job.run.image[2];
+    const bool is_image = row >= above && row < above + height;
     for (int64_t u = 0; u < units_; ++u) {
       uint8_t* unit = packed + static_cast<size_t>(u) * bytes;
       clear_columns(to, row, 0, is_image ? left : to.columns, unit);

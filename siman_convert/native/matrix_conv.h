@@ -28,14 +28,12 @@ class MatrixConv final : public BinaryConv {
   Image image(const Job& job) const;
   size_t unit_bytes(const Image& image) const;
   size_t image_bytes(const Job& job) const;
-  void clear_padding(const Job& job, const Pixels& pixels, uint8_t* packed) const;
+  void clear_padding(const Job& job, const Rows& rows, uint8_t* packed) const;
   void clear_columns(const Image& image, int64_t row, int64_t begin, int64_t end, uint8_t* packed) const;
 
   size_t packed_bytes(const Job& job) const override;
-  void pack_pixels(const Job& job, const Pixels& pixels) const override;
+  void pack_rows(const Job& job, const Rows& rows) const override;
   void describe(const Job& job, const Block& block, ConvTask& task) const override;
-
-  size_t bit_bytes_;  // of a pixel's bits
 };
 
 }  // namespace siman

@@ -34,7 +34,7 @@ struct PairTask {
   size_t words;         // of a pixel
   size_t rows, columns;
   size_t distance;
-  size_t partners;  // so many first columns of a row come before it, each as the partner of nothing
+  size_t partners;  // so many first columns come once more before their row, as partners of pixels of zeros
   uint8_t* units;   // [row][partners + columns]
 };
 
@@ -68,10 +68,10 @@ struct ConvTask {
   Axis rows, columns;      // quantized: without padding, and a row of the kernel is one tap; matrix: see matrix.inl
   int64_t channels;        // of one tap
   int64_t units;           // of one tap: see Kernel
-  const uint8_t* packed;   // of the group, by rows and pixels
+  const uint8_t* packed;   // of the group, by rows and pixels: the first pixel
   size_t pixel_bytes;      // from pixel to pixel
   size_t row_bytes;        // from row to row; not of a matrix
-  int64_t partners;        // binary: before each row, see PairTask
+  int64_t partners;        // binary: pixels before each row, see PairTask
   const uint8_t* zeros;    // binary: a pixel of zeros
   size_t unit_bytes;       // matrix: from unit to unit
   const uint8_t* weights;  // of the block
@@ -94,9 +94,9 @@ struct ConvTask {
   int64_t kept_rows;
 };
 
-// A unit is the piece of one tap that a kernel takes in one step: `unit_channels` channels, which fill `unit_bytes` in
-// a packed pixel, and `vector_bytes` of weights for the `lanes` filters of a vector. Weights lie
-// [block][tap][unit][vector of the block][vector_bytes].
+// A unit is the piece of one tap that one vector of weights is for: `unit_channels` channels, which fill `unit_bytes`
+// in a packed pixel, whether or not that is of two pixels, and `vector_bytes` of weights for the `lanes` filters of a
+// vector. Weights lie [block][tap][unit][vector of the block][vector_bytes].
 struct Kernel {
   int lanes, vectors, few_vectors;
   int unit_channels, unit_bytes, vector_bytes;

@@ -13,11 +13,10 @@ constexpr int64_t kTaskMacs = 1 << 23;  // of one bit; some ten microseconds
 XorConv::XorConv(const Geometry& geometry, const uint8_t* weights, const float* scale, const float* bias,
                  const float* slope, const Variant& variant)
     : BinaryConv(geometry, scale, bias, slope, variant, variant.binary.kernel, kTaskMacs),
-      words_(static_cast<size_t>((geometry.channels + 63) / 64)),
       ones_(std::make_unique<int32_t[]>(static_cast<size_t>((geometry.kernel[0] + 1) * (geometry.kernel[1] + 1)) *
                                         slots_)) {
   const Kernel& kernel = kernels_.kernel;
-  pixel_bytes_ = words_ * static_cast<size_t>(64 / kernel.unit_channels * kernel.unit_bytes);
+  pixel_bytes_ = bit_bytes_ * 8 / static_cast<size_t>(kernel.unit_channels) * static_cast<size_t>(kernel.unit_bytes);
   lay_out([&](const Place& to) {
     kernels_.place(tap(weights, to.filter, to.tap), tap_bytes_, to.lane, to.vector, to.unit_stride);
     if (to.tap == 0) count_ones(weights, to.filter, to.slot);
@@ -40,7 +39,7 @@ void XorConv::count_ones(const uint8_t* weights, int64_t filter, size_t slot) {
   }
 }
 
-// Taps beside the image meet columns before its first one, and these their partners.
+// Columns before the first: pairs whose first pixel is left of the image and whose second is in it.
 size_t XorConv::partners(const Job& job) const {
   if (!kernels_.pair || geometry_.pads[1] == 0) return 0;
   return static_cast<size_t>(std::min(geometry_.strides[1], job.run.image[3]));
@@ -50,27 +49,23 @@ size_t XorConv::row_bytes(const Job& job) const {
   return (partners(job) + static_cast<size_t>(job.run.image[3])) * pixel_bytes_;
 }
 
-// With a pixel of zeros after the others.
-size_t XorConv::image_bytes(const Job& job) const {
-  return static_cast<size_t>(job.run.image[2]) * row_bytes(job) + pixel_bytes_;
-}
+size_t XorConv::image_bytes(const Job& job) const { return static_cast<size_t>(job.run.image[2]) * row_bytes(job); }
 
-// The image, and then its bits where pixels are paired.
+// The image, a pixel of zeros, and then the bits where pixels are paired.
 size_t XorConv::packed_bytes(const Job& job) const {
-  return image_bytes(job) + (kernels_.pair ? job.plane * words_ * sizeof(uint64_t) : 0);
+  const size_t bits = kernels_.pair ? job.plane * bit_bytes_ : 0;
+  return round_up_div(image_bytes(job) + pixel_bytes_ + bits, 64) * 64;
 }
 
-void XorConv::pack_pixels(const Job& job, const Pixels& p) const {
-  uint8_t* packed = job.packed_group(p.sample, p.group, geometry_.group);
-  if (p.end == job.plane) std::memset(packed + image_bytes(job) - pixel_bytes_, 0, pixel_bytes_);
-  if (!kernels_.pair) return pack_bits(job, p, packed, pixel_bytes_);
-  const size_t bit_bytes = words_ * sizeof(uint64_t);
-  uint8_t* bits = packed + image_bytes(job);
-  pack_bits(job, p, bits, bit_bytes);
-  const auto columns = static_cast<size_t>(job.run.image[3]);
-  kernels_.pair({bits + p.begin * bit_bytes, words_, (p.end - p.begin) / columns, columns,
-                 static_cast<size_t>(geometry_.strides[1]), partners(job),
-                 packed + p.begin / columns * row_bytes(job)});
+void XorConv::pack_rows(const Job& job, const Rows& rows) const {
+  uint8_t *packed = job.packed_group(rows.sample, rows.group, geometry_.group), *zeros = packed + image_bytes(job);
+  if (rows.end == static_cast<size_t>(job.run.image[2])) std::memset(zeros, 0, pixel_bytes_);
+  if (!kernels_.pair) return pack_bits(job, rows, packed, pixel_bytes_);
+  uint8_t* bits = zeros + pixel_bytes_;
+  pack_bits(job, rows, bits, bit_bytes_);
+  const auto columns = static_cast<size_t>(job.run.image[3]), distance = static_cast<size_t>(geometry_.strides[1]);
+  kernels_.pair({bits + rows.begin * columns * bit_bytes_, bit_bytes_ / sizeof(uint64_t), rows.end - rows.begin,
+                 columns, distance, partners(job), packed + rows.begin * row_bytes(job)});
 }
 
 void XorConv::describe(const Job& job, const Block& block, ConvTask& task) const {
@@ -78,7 +73,7 @@ void XorConv::describe(const Job& job, const Block& block, ConvTask& task) const
   const auto axis = [&](int i) {
     return Axis{job.run.image[2 + i], job.convolved[i], g.kernel[i], g.strides[i], g.pads[i], g.dilations[i]};
   };
-  task.zeros = task.packed + image_bytes(job) - pixel_bytes_;
+  task.zeros = task.packed + image_bytes(job);
   task.partners = static_cast<int64_t>(partners(job));
   task.packed += partners(job) * pixel_bytes_;
   task.row_bytes = row_bytes(job);

@@ -18,10 +18,9 @@ class XorConv final : public BinaryConv {
   size_t image_bytes(const Job& job) const;
 
   size_t packed_bytes(const Job& job) const override;
-  void pack_pixels(const Job& job, const Pixels& pixels) const override;
+  void pack_rows(const Job& job, const Rows& rows) const override;
   void describe(const Job& job, const Block& block, ConvTask& task) const override;
 
-  size_t words_;                     // of 64 channels, that a pixel has
   std::unique_ptr<int32_t[]> ones_;  // see ConvTask::ones; [kH+1][kW+1][slots]
 };
 

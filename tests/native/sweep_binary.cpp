@@ -63,12 +63,13 @@ CasePtr many_channels(uint8_t weights) {
   return c;
 }
 
-// Rows of the output so far above the image that a pointer there, which nothing reads, would wrap around.
-CasePtr far_above() {
+// Rows or columns of the output so far beside the image that a pointer there, which nothing reads, would wrap around.
+CasePtr far_away(int axis) {
   constexpr int64_t kFar = 2147483647;
   auto c = std::make_unique<BinaryCase>();
-  c->geometry = {3, {1, 1}, 4096, {kFar, 1}, {kFar, 0, 0, 0}, {1, 1}, 1, 0};
-  const int64_t image[] = {1, 4096, 1, 256};
+  c->geometry = {3, {1, 1}, 4096, {1, 1}, {0, 0, 0, 0}, {1, 1}, 1, 0};
+  c->geometry.strides[axis] = c->geometry.pads[axis] = kFar;
+  const int64_t image[] = {1, 4096, axis ? 256 : 1, axis ? 1 : 256};
   std::copy_n(image, 4, c->image);
   c->weights.assign(3 * 4096 / 8, 0x5a);
   c->x.assign(4096 * 256, 1.0f);
@@ -103,7 +104,7 @@ CasePtr draw_binary(Random& random) {
 std::vector<CasePtr> special_binary() {
   std::vector<CasePtr> all;
   for (const uint8_t weights : {0, 1, 255}) all.push_back(many_channels(weights));
-  all.push_back(far_above());
+  for (const int axis : {0, 1}) all.push_back(far_away(axis));
   return all;
 }
 

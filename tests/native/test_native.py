@@ -106,7 +106,7 @@ def one_layer(channels=16, filters=8, size=6):
 @pytest.mark.parametrize("filters", [8, 40])
 @pytest.mark.parametrize("threads", [0, 3])
 def test_samples_that_are_summed_and_packed_in_several_tasks(library, threads, filters):
-    layer = one_layer(channels=66, filters=filters, size=71)  # 332,706 floats; a task takes 131,072
+    layer = one_layer(channels=66, filters=filters, size=71)  # 332,706 floats; a task takes 32,768
     layer["X"] = draw_floats("cancelling", np.random.default_rng(1), layer["X"].shape)
     expected = binary_conv2d(**layer)
     for name, supported in library.variants().items():
@@ -122,6 +122,7 @@ SHAPES = {  # what networks have: channels, filters, size, and what differs from
     "5x5, dilated, asymmetric": (130, 33, 20, {"kernel": (5, 5), "pads": [3, 0, 6, 8], "dilations": [2, 2]}),
     "groups": (96, 96, 15, {"group": 3, "strides": [3, 1]}),
     "beyond what tiles are for": (64, 64, 9, {"pads": [0, 40, 30, 0], "dilations": [9, 17]}),
+    "deep": (2048, 40, 7, {"kernel": (1, 1), "pads": [0] * 4}),
     "as wide as its kernel": (64, 64, 9, {"kernel": (1, 9), "pads": [0] * 4}),
     "one output pixel": (64, 64, 3, {"pads": [0] * 4}),
     "sums of more than 16 bits": (150_000, 33, 2, {"kernel": (1, 1), "pads": [0] * 4}),

@@ -33,19 +33,15 @@ inline void base_of_pixel(const ConvTask& t, Taps rows, Taps columns, int count,
   }
 }
 
-// Column `at` of a row: an input pixel, or one before the row whose partner is in it, or one of zeros.
-template <class Ops>
-const uint8_t* pixel_at(const ConvTask& t, const uint8_t* row, int64_t at) {
+// Column `at` of a row: a pixel of the image, or one left of it whose partner is inside, or one of zeros.
+inline const uint8_t* pixel_at(const ConvTask& t, const uint8_t* row, int64_t at) {
   if (at >= 0 && at < t.columns.in) return row + static_cast<size_t>(at) * t.pixel_bytes;
-  if constexpr (Ops::kUnitPixels > 1) {
-    const int64_t partner = at + t.columns.stride;
-    if (at < 0 && partner >= 0 && partner < t.partners)
-      return row - static_cast<size_t>(t.partners - partner) * t.pixel_bytes;
-  }
+  const int64_t partner = at + t.columns.stride;
+  if (partner >= 0 && partner < t.partners) return row - static_cast<size_t>(t.partners - partner) * t.pixel_bytes;
   return t.zeros;
 }
 
-// As tile_inside, for pixels some of whose taps are beside the image: these read zeros.
+// As tile_inside, for pixels some of whose taps are beside the image: these read zeros, in pairs too.
 template <class Ops, int F, int P>
 SIMAN_NOINLINE void tile_clipped(const ConvTask& t, Taps rows, int64_t y, int64_t x, const int32_t* const* base,
                                  int32_t* acc) {
@@ -59,7 +55,7 @@ SIMAN_NOINLINE void tile_clipped(const ConvTask& t, Taps rows, int64_t y, int64_
       const uint8_t* pixels[tile.kGroups];
       for (int g = 0; g < tile.kGroups; ++g) {
         const int64_t at = (x + g * Ops::kUnitPixels) * t.columns.stride - t.columns.pad + j * t.columns.dilation;
-        pixels[g] = pixel_at<Ops>(t, row, at);
+        pixels[g] = pixel_at(t, row, at);
       }
       tile.add(weights, pixels, t.units);
     }
@@ -78,7 +74,6 @@ inline Taps columns_inside(const Axis& axis) {
 template <class Ops, int F>
 struct BinaryRow {
   static constexpr bool kAlwaysWhole = false;
-  static constexpr int kTogether = Ops::kUnitPixels;
   static constexpr int kFilters = F * Ops::kLanes;
 
   const ConvTask& t;

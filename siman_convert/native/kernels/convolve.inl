@@ -1,33 +1,33 @@
-// The integer convolution: tiles of the output, whose sums stay in registers, and how a block of filters is cut into
-// them.
+// The integer convolution: tiles of the output, and how a block of filters is cut into them.
 //
 // A tile is F vectors of filters x P neighbouring pixels. Ops says what one step is:
 //   kLanes, kVectors, kFewVectors, kPixels    filters in a vector; F of a full block, of a small one; the largest P
 //   kUnitBytes, kVectorBytes                  see Kernel
-//   Weights, Activation, Part, Wide           a vector of weights; one unit of one pixel; sums, narrow and wide
+//   kUnitPixels, kStepUnits                   neighbouring output pixels that a unit is of; units that a step takes
+//   Weights, Activation, Part, Wide           a vector of weights; one unit; sums, narrow and wide
 //   load(const uint8_t*), broadcast(const uint8_t*), zero(Part&), zero(Wide&)
-//   count(Part&, Weights, Activation)         what weights and activation come to is added
-//   kUnitsPerFlush, flush(Part&, Wide&)       after so many units a Part may be full: add it to the Wide, clear it
-//   kUnitPixels, kStepUnits                   neighbouring pixels that a unit is of; units that one step takes
-// Where a unit is of two pixels, so is a Part: flush(Part&, Wide&, Wide&). Where a step takes several units, it is
-// differing(Weights, Activation), plus(a, b) of what that returns, and count(Part&, sum).
+//   count(Part&, Weights, Activation)         what weights and activation come to is added; of several units:
+//   differing(Weights, Activation), plus(a, b), count(Part&, sum)
+//   kUnitsPerFlush, flush(Part&, Wide&)       after so many units a Part may be full: add it to the Wide, clear it;
+//   flush(Part&, Wide&, Wide&)                a Part of two pixels to the Wide of each
 //   kFlushes, store(Wide, base, acc)          after so many flushes a Wide may be full: acc = base and what it comes to
 //
 // A Row<Ops, F> says what the two kinds of convolution, binary.inl and quantized.inl, do not share:
 //   Row(const ConvTask&), start(int64_t y)    before the first tile of an output row
 //   tile<P>(int64_t x, int32_t* acc)          acc of output pixels (y, x) .. (y, x + P - 1), whatever base they need
-//   kAlwaysWhole, kTogether                   whether P is always kPixels; pixels that are best not parted
+//   kAlwaysWhole                              whether P is always kPixels
 
 // More than a pixel has, whose taps times channels are at most 2^24: such a Part is flushed once, at the end.
 constexpr int64_t kMostUnits = (1 << 24) + 1;
 
-// The sums of one tile on their way to acc. All of it has to end up in registers, hence always inlined.
+// The sums of one tile on their way to acc. The Parts have to end up in registers, hence always inlined.
 template <class Ops, int F, int P>
 struct Tile {
-  static constexpr int kTogether = Ops::kUnitPixels, kGroups = (P + kTogether - 1) / kTogether;
+  static constexpr int kGroups = (P + Ops::kUnitPixels - 1) / Ops::kUnitPixels;  // of pixels that share their units
+  static_assert(Ops::kUnitPixels <= 2);
 
   typename Ops::Part part[F][kGroups];
-  typename Ops::Wide wide[F][kGroups * kTogether];
+  typename Ops::Wide wide[F][kGroups * Ops::kUnitPixels];
   int64_t room = Ops::kUnitsPerFlush, flushes = 0;
   const int32_t* base[P];  // of acc, or acc itself after a first store
   int32_t* acc;
@@ -41,11 +41,11 @@ struct Tile {
   }
 
   // So many units of weights and of each pixel, which follow one another in memory; all pointers are moved on.
-  // A Part is flushed before what does not fit, not when it is full: so few units as possible are cut off.
+  // What fits into an empty Part is not cut in two.
   SIMAN_INLINE void add(const uint8_t*& weights, const uint8_t* (&pixels)[kGroups], int64_t units) {
     while (units > 0) {
-      const int64_t now = units < Ops::kUnitsPerFlush ? units : Ops::kUnitsPerFlush;
-      if (room < now) flush();
+      if (room < units && (room < Ops::kStepUnits || units <= Ops::kUnitsPerFlush)) flush();
+      const int64_t now = units <= room ? units : room / Ops::kStepUnits * Ops::kStepUnits;
       add_some(weights, pixels, now);
       weights += static_cast<size_t>(now) * F * Ops::kVectorBytes;
       for (auto& pixel : pixels) pixel += now * Ops::kUnitBytes;
@@ -59,6 +59,22 @@ struct Tile {
     store();
   }
 
+  // Filter after filter would keep all activations in registers.
+  template <int Units>
+  SIMAN_INLINE void count(int g, const typename Ops::Weights (&w)[Units][F],
+                          const typename Ops::Activation (&a)[Units]) {
+    if constexpr (Ops::kStepUnits == 1) {
+      for (int f = 0; f < F; ++f) Ops::count(part[f][g], w[0][f], a[0]);
+    } else {
+      decltype(Ops::differing(w[0][0], a[0])) sums[F];
+      for (int f = 0; f < F; ++f) sums[f] = Ops::differing(w[0][f], a[0]);
+      for (int i = 1; i < Units; ++i)
+        for (int f = 0; f < F; ++f) sums[f] = Ops::plus(sums[f], Ops::differing(w[i][f], a[i]));
+      for (int f = 0; f < F; ++f) Ops::count(part[f][g], sums[f]);
+    }
+  }
+
+ private:
   SIMAN_INLINE void add_some(const uint8_t* weights, const uint8_t* const (&pixels)[kGroups], int64_t units) {
     constexpr int kStep = Ops::kStepUnits;
     int64_t u = 0;
@@ -79,25 +95,10 @@ struct Tile {
     }
   }
 
-  // Filter after filter would keep all activations in registers.
-  template <int Units>
-  SIMAN_INLINE void count(int g, const typename Ops::Weights (&w)[Units][F],
-                          const typename Ops::Activation (&a)[Units]) {
-    if constexpr (Ops::kStepUnits == 1) {
-      for (int f = 0; f < F; ++f) Ops::count(part[f][g], w[0][f], a[0]);
-    } else {
-      decltype(Ops::differing(w[0][0], a[0])) sums[F];
-      for (int f = 0; f < F; ++f) sums[f] = Ops::differing(w[0][f], a[0]);
-      for (int i = 1; i < Units; ++i)
-        for (int f = 0; f < F; ++f) sums[f] = Ops::plus(sums[f], Ops::differing(w[i][f], a[i]));
-      for (int f = 0; f < F; ++f) Ops::count(part[f][g], sums[f]);
-    }
-  }
-
   SIMAN_INLINE void widen() {
     for (int f = 0; f < F; ++f) {
       for (int g = 0; g < kGroups; ++g) {
-        if constexpr (kTogether > 1) {
+        if constexpr (Ops::kUnitPixels > 1) {
           Ops::flush(part[f][g], wide[f][2 * g], wide[f][2 * g + 1]);
         } else {
           Ops::flush(part[f][g], wide[f][g]);
@@ -205,8 +206,8 @@ int64_t cut(int64_t length, int64_t whole, int64_t i, int64_t n) {
 template <class Row, class Ops, int F, class Finish>
 void convolve_rows(const ConvTask& t, int64_t row_begin, int64_t row_end, Acc<Ops, F>& segment, const Finish& finish) {
   constexpr int64_t kFilters = F * Ops::kLanes, kPixels = Ops::kPixels;
-  constexpr auto kCut = cut<Row::kAlwaysWhole, Row::kTogether>;
-  static_assert(kPixels % Row::kTogether == 0);
+  constexpr auto kCut = cut<Row::kAlwaysWhole, Ops::kUnitPixels>;
+  static_assert(kPixels % Ops::kUnitPixels == 0);
   int32_t* acc = segment.sums;
   Row row(t);
   const int64_t columns = t.columns.out, chunks = round_up_div(columns, kSegment);

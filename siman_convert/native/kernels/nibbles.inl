@@ -5,9 +5,10 @@
 // 8 instructions for a vector of bits (xor, 2 and, shift, 2 shuffles, 2 adds). Here the table itself holds the xor, and
 // that of two pixels: for activation nibbles a and b, entry w is popcount(a ^ w) + 16*popcount(b ^ w), and the
 // shuffle's index is a nibble of weights. Sums of 3 units fit into the two halves of a byte, 3*4 < 2^4, and are then
-// added to two sums: 9 instructions (3 shuffles, 2 adds; and, add, shift, add) for 6 vectors of nibbles.
+// added to two sums: 9 instructions (3 shuffles, 2 adds; and, add, shift, add) for 6 vectors of nibbles, 3 for a vector
+// of bits.
 //
-// One-bit multiplications a cycle on registers alone, measured on a Cascade Lake: 219 with AVX2, 267 with AVX-512,
+// One-bit multiplications a cycle without loads, measured on a Cascade Lake: 219 with AVX2, 267 with AVX-512,
 // which shuffle on one port; with tables of one pixel (2 instructions for a vector of nibbles) 131 and 203.
 //
 // Vectors says what a vector is: kBytes, Vec, load(const uint8_t*), table(const uint8_t*), which is 16 bytes as often
@@ -15,13 +16,13 @@
 // shifted_right<Bits>. All but add_bytes and look_up take lanes of 16 bits.
 
 struct Tables {
-  alignas(64) uint8_t differing[256][16];  // [activations of the second pixel, of the first][weight]
+  alignas(64) uint8_t counts[256][16];  // [activations of the second pixel, of the first][weight]
 
-  constexpr Tables() : differing() {
+  constexpr Tables() : counts() {
     for (int a = 0; a < 256; ++a)
       for (int w = 0; w < 16; ++w) {
         const int first = __builtin_popcount((a & 15) ^ w), second = __builtin_popcount((a >> 4) ^ w);
-        differing[a][w] = static_cast<uint8_t>(first + 16 * second);
+        counts[a][w] = static_cast<uint8_t>(first + 16 * second);
       }
   }
 };
@@ -34,7 +35,8 @@ struct NibbleOps {
   static constexpr int kLanes = Vectors::kBytes;
   static constexpr int kUnitChannels = 4, kUnitBytes = 2, kUnitPixels = 2, kStepUnits = 3;
   static constexpr int kWordBytes = 8, kVectorBytes = kLanes;
-  static constexpr int64_t kUnitsPerFlush = 60, kFlushes = 273;  // 60*4*(1 + 16 + 256) < 2^16, 273*60*4 < 2^16
+  static constexpr int64_t kUnitsPerFlush = 60,
+                           kFlushes = 273;  // 60*4 < 2^8, 60*4*(1 + 16 + 256) < 2^16, 273*60*4 < 2^16
 
   using Vec = typename Vectors::Vec;
   using Weights = Vec;
@@ -51,16 +53,16 @@ struct NibbleOps {
   static Activation broadcast(const uint8_t* unit) {
     uint16_t offset;
     __builtin_memcpy(&offset, unit, 2);
-    return Vectors::table(kTables.differing[0] + offset);
+    return Vectors::table(kTables.counts[0] + offset);
   }
   static void zero(Part& part) { part.first = part.second = Vectors::set(0); }
   static void zero(Wide& wide) { wide.low = wide.high = Vectors::set(0); }
 
   static Vec differing(Weights w, Activation table) { return Vectors::look_up(table, w); }
   static Vec plus(Vec a, Vec b) { return Vectors::add_bytes(a, b); }
-  static void count(Part& part, Vec differing) {
-    part.first = Vectors::add(part.first, Vectors::both(differing, Vectors::set(0x0F0F)));
-    part.second = Vectors::add(part.second, Vectors::template shifted_right<4>(differing));
+  static void count(Part& part, Vec sum) {
+    part.first = Vectors::add(part.first, Vectors::both(sum, Vectors::set(0x0F0F)));
+    part.second = Vectors::add(part.second, Vectors::template shifted_right<4>(sum));
   }
   static void flush(Part& part, Wide& first, Wide& second) {
     const Vec odd = Vectors::both(Vectors::template shifted_right<4>(part.first), Vectors::set(0x0FF0));
@@ -75,7 +77,8 @@ struct NibbleOps {
 
   static void store_word(uint8_t* out, uint64_t word) { __builtin_memcpy(out, &word, 8); }
 
-  static void pair(const PairTask& t) {
+  static void pair(const PairTask& task) {
+    const PairTask t = task;  // a store of units could change `task` for all the compiler knows
     const uint8_t* row = t.bits;
     uint8_t* out = t.units;
     const size_t pixel_bytes = t.words * kWordBytes, row_bytes = t.columns * pixel_bytes;

@@ -89,7 +89,6 @@ void quantize(const QuantizeTask& task) {
 template <class Ops, int F>
 struct QuantizedRow {
   static constexpr bool kAlwaysWhole = false;
-  static constexpr int kTogether = 1;
 
   const ConvTask& t;
   int64_t y;
