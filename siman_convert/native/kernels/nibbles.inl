@@ -31,10 +31,10 @@ constexpr Tables kTables;
 
 // In a pixel a unit is 16 bits that hold the offset of its table.
 template <class Vectors>
-struct NibbleOps {
+struct NibbleOps : PlainWords {
   static constexpr int kLanes = Vectors::kBytes;
   static constexpr int kUnitChannels = 4, kUnitBytes = 2, kUnitPixels = 2, kStepUnits = 3;
-  static constexpr int kWordBytes = 8, kVectorBytes = kLanes;
+  static constexpr int kVectorBytes = kLanes;
   static constexpr int64_t kUnitsPerFlush = 60,
                            kFlushes = 273;  // 60*4 < 2^8, 60*4*(1 + 16 + 256) < 2^16, 273*60*4 < 2^16
 
@@ -74,8 +74,6 @@ struct NibbleOps {
     wide.low = Vectors::add(wide.low, Vectors::both(bytes, Vectors::set(0x00FF)));
     wide.high = Vectors::add(wide.high, Vectors::template shifted_right<8>(bytes));
   }
-
-  static void store_word(uint8_t* out, uint64_t word) { __builtin_memcpy(out, &word, 8); }
 
   static void pair(const PairTask& task) {
     const PairTask t = task;  // a store of units could change `task` for all the compiler knows

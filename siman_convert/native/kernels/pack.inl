@@ -7,6 +7,13 @@
 // append(Bits, Vec x, Vec threshold), words(Bits low, Bits high, uint64_t*). Ops: kWordBytes, store_word(uint8_t*,
 // uint64_t).
 
+// Of Ops that take words as they are.
+struct PlainWords {
+  static constexpr int kWordBytes = 8;
+
+  static void store_word(uint8_t* out, uint64_t word) { __builtin_memcpy(out, &word, kWordBytes); }
+};
+
 // Of V vectors of pixels: as many planes as there are channels are read in turns, in pieces of a few cache lines, which
 // is more than a processor foresees. So where there are several vectors, those after them are asked for.
 template <class Floats, int V>

@@ -2,13 +2,10 @@
 // lies in memory is little-endian, as every machine is that we build for.
 
 template <int Lanes, class Word>
-struct WordLayout {
+struct WordLayout : PlainWords {
   static constexpr int kLanes = Lanes;
   static constexpr int kUnitPixels = 1, kStepUnits = 1;
   static constexpr int kUnitBytes = sizeof(Word), kUnitChannels = 8 * kUnitBytes, kVectorBytes = kUnitBytes * Lanes;
-  static constexpr int kWordBytes = 8;
-
-  static void store_word(uint8_t* out, uint64_t word) { __builtin_memcpy(out, &word, 8); }
 
   static void place(const uint8_t* tap, size_t tap_bytes, int lane, uint8_t* vector, size_t unit_stride) {
     uint8_t* at = vector + kUnitBytes * lane;
