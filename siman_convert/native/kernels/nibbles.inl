@@ -16,13 +16,13 @@
 // shifted_right<Bits>. All but add_bytes and look_up take lanes of 16 bits.
 
 struct Tables {
-  alignas(64) uint8_t counts[256][16];  // [activations of the second pixel, of the first][weight]
+  alignas(64) uint8_t counts[256 * 16];  // [activations of the second pixel, of the first, weight]
 
   constexpr Tables() : counts() {
     for (int a = 0; a < 256; ++a)
       for (int w = 0; w < 16; ++w) {
         const int first = __builtin_popcount((a & 15) ^ w), second = __builtin_popcount((a >> 4) ^ w);
-        counts[a][w] = static_cast<uint8_t>(first + 16 * second);
+        counts[16 * a + w] = static_cast<uint8_t>(first + 16 * second);
       }
   }
 };
@@ -53,7 +53,7 @@ struct NibbleOps : PlainWords {
   static Activation broadcast(const uint8_t* unit) {
     uint16_t offset;
     __builtin_memcpy(&offset, unit, 2);
-    return Vectors::table(kTables.counts[0] + offset);
+    return Vectors::table(kTables.counts + offset);
   }
   static void zero(Part& part) { part.first = part.second = Vectors::set(0); }
   static void zero(Wide& wide) { wide.low = wide.high = Vectors::set(0); }
