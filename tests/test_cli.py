@@ -16,7 +16,7 @@ from siman_convert.models import create
 from siman_convert.runs import Run
 
 AGAIN = {"phase": "binary", "re_estimated": True}  # the evaluation after BatchNorm was re-estimated at the end
-FAST = ["--set", "calibration_images=64", "-b", "64", "--device", "cpu"]
+FAST = ["--set", "calibration_images=64", "-b", "64", "--img-size", "32", "--device", "cpu"]
 
 
 def converted(output: Path, data: Path, *extra: str) -> int:

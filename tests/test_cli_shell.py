@@ -33,7 +33,18 @@ HEAVY = (
     "huggingface_hub",
     "accelerate",
 )  # typer takes pydantic itself
-FAST = ["--epochs", "1", "--set", "calibration_images=64", "--set", "final_calibration_images=0", "--device", "cpu"]
+FAST = [
+    "--epochs",
+    "1",
+    "--img-size",
+    "32",
+    "--set",
+    "calibration_images=64",
+    "--set",
+    "final_calibration_images=0",
+    "--device",
+    "cpu",
+]
 ARGUMENTS = {  # of every command that there is; RUN, ONNX, IMAGE, DATA and NEW stand for paths
     "convert": ["test_resnet", "--data", "DATA", "--weights", "none", "--output", "NEW", *FAST],
     "eval": ["ONNX"],

@@ -25,7 +25,7 @@ def command(output: Path, data: Path, epochs: int, *extra: str) -> list[str]:
     return [
         *SIMAN, "convert", "test_resnet", "--data", str(data), "--weights", "none", "--output", str(output), "--device", "cpu",
         "--experiment", "run", "--fp-epochs", "0", "--epochs", str(epochs), "-b", "32", "--set", "calibration_images=32",
-        "--set", "final_calibration_images=32", *extra,
+        "--set", "final_calibration_images=32", "--img-size", "32", *extra,
     ]  # fmt: skip
 
 

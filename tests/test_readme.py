@@ -28,6 +28,8 @@ SMALLER = {  # on the page -> here: the same commands on a small network, few im
     r"--num_processes 8": "--num_processes 1",
     r"-j 8": "-j 0",
     r"--epochs 12": "--epochs 1",
+    r"--data digits": "--data digits --img-size 32",
+    r'"calibration_images": 64': '"calibration_images": 64, "img_size": 32',
 }
 
 

@@ -30,7 +30,7 @@ def command(output: Path, data: Path, *extra: str) -> list[str]:
     return [
         *SIMAN, "convert", "test_resnet", "--data", str(data), "--weights", "none", "--output", str(output), "--device", "cpu",
         "--experiment", "run", "--fp-epochs", "1", "--epochs", "3", "-b", "32", "--set", "calibration_images=64",
-        "--mixup", "0.2", *extra,
+        "--img-size", "32", "--mixup", "0.2", *extra,
     ]  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def outcome(run: Run) -> tuple[list[bytes], list[dict[str, object]]]:
 @pytest.fixture(scope="module")
 def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     output = tmp_path_factory.mktemp("uninterrupted")
-    subprocess.run(command(output, digits), check=True, capture_output=True, timeout=300)
+    start(command(output, digits))
     return Run(output / "run")
 
 
@@ -114,22 +114,25 @@ def test_ctrl_c_stops_cleanly_and_names_the_command_that_resumes(
     (line,) = errors.splitlines()
     resume = line.partition("go on with: ")[2]
     assert resume == f"siman convert --resume {shlex.quote(str(tmp_path / 'run'))} --device cpu"
-    subprocess.run([*SIMAN, *shlex.split(resume)[1:]], check=True, capture_output=True, timeout=300)
+    assert run_command(shlex.split(resume)[1:]) == 0
     assert outcome(Run(tmp_path / "run")) == outcome(uninterrupted)
 
 
 @pytest.mark.slow
 def test_workers_change_nothing(digits: Path, tmp_path: Path, uninterrupted: Run) -> None:
-    subprocess.run(command(tmp_path, digits, "-j", "2"), check=True, capture_output=True, timeout=300)
+    start(command(tmp_path, digits, "-j", "2"))
     assert outcome(Run(tmp_path / "run")) == outcome(uninterrupted)
 
 
 @pytest.mark.slow
-def test_output_is_one_line_an_epoch_when_not_a_terminal(digits: Path, tmp_path: Path) -> None:
-    done = subprocess.run(command(tmp_path, digits, "--json"), check=True, capture_output=True, text=True, timeout=300)
-    assert json.loads(done.stdout)["best_epoch"] in range(4)
-    assert "\x1b" not in done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.startswith(("full-precision", "binary"))]
+def test_output_is_one_line_an_epoch_when_not_a_terminal(
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    start(command(tmp_path, digits, "--json"))
+    out, err = capfd.readouterr()
+    assert json.loads(out)["best_epoch"] in range(4)
+    assert "\x1b" not in err
+    lines = [line for line in err.splitlines() if line.startswith(("full-precision", "binary"))]
     assert len(lines) == 6
 
 

@@ -74,7 +74,7 @@ def command(output: Path, data: Path, *extra: str) -> list[str]:
     return [
         "convert", "test_resnet", "--data", str(data), "--weights", "none", "--output", str(output), "--device", "cpu",
         "--experiment", "run", "--epochs", "1", "-b", "32", "--set", "calibration_images=32",
-        "--set", "final_calibration_images=32", *extra,
+        "--set", "final_calibration_images=32", "--img-size", "32", *extra,
     ]  # fmt: skip
 
 

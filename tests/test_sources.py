@@ -88,7 +88,7 @@ def command(output: Path, data: str, *extra: str) -> list[str]:
     return [
         "convert", "test_resnet", "--data", data, "--weights", "none", "--output", str(output), "--device", "cpu",
         "--experiment", "run", "--epochs", "1", "-b", "8", "--set", "calibration_images=32",
-        "--set", "final_calibration_images=32", *extra,
+        "--set", "final_calibration_images=32", "--img-size", "32", *extra,
     ]  # fmt: skip
 
 

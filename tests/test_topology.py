@@ -469,7 +469,7 @@ def test_every_binary_convolution_of_resnet18_is_one_node() -> None:
 
 FLAGS = [
     "--fp-epochs", "1", "--epochs", "1", "--device", "cpu", "-b", "64", "--set", "calibration_images=64",
-    "--set", "final_calibration_images=64", "--weights", "none",
+    "--set", "final_calibration_images=64", "--weights", "none", "--img-size", "32",
 ]  # fmt: skip
 
 

@@ -28,7 +28,7 @@ def command(output: Path, data: Path, *extra: str) -> list[str]:
     return [
         "convert", "test_resnet", "--data", str(data), "--weights", "none", "--output", str(output), "--device", "cpu",
         "--experiment", "run", "--fp-epochs", "1", "--epochs", "2", "-b", "32", "--set", "calibration_images=64",
-        "--set", "final_calibration_images=64", *extra,
+        "--set", "final_calibration_images=64", "--img-size", "32", *extra,
     ]  # fmt: skip
 
 

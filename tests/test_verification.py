@@ -124,7 +124,9 @@ def test_an_untrained_network_passes(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--weights", "none", "--epochs", "0", "--set", "calibration_images=64", "--device", "cpu"]
+    arguments = [
+        "--weights", "none", "--epochs", "0", "--set", "calibration_images=64", "--img-size", "32", "--device", "cpu",
+    ]  # fmt: skip
     output = ["--output", str(tmp_path)]
     assert siman(["convert", "test_resnet", "--data", str(digits), *arguments, *output]) == 0
     capsys.readouterr()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_resume import SIMAN, command, outcome, uninterrupted, visible_files_are_whole  # noqa: F401  a fixture
+from test_resume import SIMAN, command, outcome, start, uninterrupted, visible_files_are_whole  # noqa: F401  a fixture
 
 from siman_convert.runs import Run
 
@@ -39,7 +39,7 @@ def test_files_that_cannot_grow(limit: int, digits: Path, tmp_path: Path, uninte
     line = one_line(command(tmp_path, digits), preexec_fn=limited)
     assert "nothing that was written before is lost" in line
     visible_files_are_whole(tmp_path)
-    subprocess.run(again(tmp_path, digits), check=True, capture_output=True, timeout=300)
+    start(again(tmp_path, digits))
     assert outcome(Run(tmp_path / "run")) == outcome(uninterrupted)
     assert [path.name for path in tmp_path.rglob(".tmp-*")] == []
 
@@ -69,5 +69,5 @@ def test_a_full_disk_then_one_that_cannot_be_written(
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert "read-only file system" in one_line(again(small_disk, digits))
     subprocess.run(["mount", "-o", "remount,rw,size=64m", str(small_disk)], check=True)
-    subprocess.run(again(small_disk, digits), check=True, capture_output=True, timeout=300)
+    start(again(small_disk, digits))
     assert outcome(Run(small_disk / "run")) == outcome(uninterrupted)
