@@ -86,7 +86,6 @@ def test_what_the_page_shows_is_what_onnx_runtime_computes_elsewhere(url: str, m
     [
         (b"", "This file was not written by siman export."),
         (b"\xff" * 40, "This is not an ONNX file."),
-        (b"not an ONNX file", "This file was not written by siman export."),
         (None, "This model takes normalised numbers, not images: write it with siman export --with-preprocess."),
     ],
 )

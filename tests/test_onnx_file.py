@@ -165,9 +165,11 @@ def test_a_file_that_is_cut_off(export: Export) -> None:
 
 
 def test_a_single_bit(export: Export) -> None:
-    """One bit of every byte, and every bit of the last 200 bytes, where the digest stands."""
+    """One bit of every third byte, and every bit of the last 200 bytes, where the digest stands."""
     size = len(export.data)
-    flips = {(at, at * 5 % 8) for at in range(size)} | {(at, bit) for at in range(size - 200, size) for bit in range(8)}
+    flips = {(at, at * 5 % 8) for at in range(0, size, 3)} | {
+        (at, bit) for at in range(size - 200, size) for bit in range(8)
+    }
     assert export.data.index(DIGEST.encode()) < size - 64 < size
     for at, bit in flips:
         damaged = bytearray(export.data)

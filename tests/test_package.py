@@ -123,6 +123,8 @@ def test_an_installed_wheel_works_from_an_empty_folder(tmp_path: Path) -> None:
     assert where.stdout.startswith(target), where
     assert "finetune" in siman("recipes", "ls")
     assert "resnet18" in siman("models", "resnet18")
-    fast = ["--weights", "none", "--epochs", "1", "--set", "calibration_images=64", "--device", "cpu"]
+    fast = [
+        "--weights", "none", "--epochs", "1", "--img-size", "32", "--set", "calibration_images=64", "--device", "cpu",
+    ]  # fmt: skip
     siman("convert", "test_resnet", "--data", "digits", *fast)
     assert json.loads(siman("eval", "--json", "--device", "cpu"))["images"] == 359

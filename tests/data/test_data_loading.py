@@ -264,7 +264,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals are not held there")
-@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+@pytest.mark.parametrize("method", ["spawn", pytest.param("forkserver", marks=pytest.mark.slow)])
 def test_what_is_not_forked_loads_too_and_leaves_no_signal_blocked(method: str, tmp_path: Path):
     script = tmp_path / "script.py"
     script.write_text(OTHER_STARTS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = 15
+KILLS = 6
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="trials are forked")

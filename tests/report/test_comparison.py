@@ -119,6 +119,7 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(content: Content) -> N
     assert two.labels == ("a/run", "b/run")
 
 
+@pytest.mark.slow
 def test_as_a_user_types_it(
     trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
