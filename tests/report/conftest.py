@@ -1,39 +1,10 @@
-"""A short run on images in class folders, one of which has a name that a careless page would execute."""
+"""The run of trained_run, trained once."""
 
-from dataclasses import dataclass
-from pathlib import Path
-
-import numpy as np
 import pytest
-from PIL import Image
-from sklearn.datasets import load_digits
+from trained_run import Trained, write_images
 
 from siman_convert.cli import run as siman
 from siman_convert.runs import Run
-
-HOSTILE = "<img src=x onerror=console.error(7)>"  # a folder's name cannot hold the slash of </script>
-CLASSES = ("0", "1", HOSTILE)
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A finished run, in folder/runs, on the images in folder/images."""
-
-    folder: Path
-    run: Run
-
-
-def write_images(folder: Path) -> Path:
-    """So many digits of three classes; too few to tell them all apart."""
-    digits = load_digits()
-    for name, label in zip(CLASSES, range(3), strict=True):
-        for split, numbers in (("train", slice(0, 40)), ("val", slice(40, 80))):
-            (folder / split / name).mkdir(parents=True)
-            for number, image in enumerate(digits.images[digits.target == label][numbers]):
-                noise = np.random.default_rng(number).normal(0, 60, (8, 8))
-                pixels = np.clip(image * 15.9 + noise, 0, 255).astype(np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -42,17 +13,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("trained")
     images = write_images(folder / "images")
     arguments = [
-        "convert",
-        "test_resnet",
-        "--data",
-        str(images),
-        "--weights",
-        "none",
-        "--recipe",
-        "demo",
-        "--device",
-        "cpu",
-    ]
-    arguments += ["--fp-epochs", "1", "--epochs", "2", "--output", str(folder / "runs"), "--experiment", "run"]
+        "convert", "test_resnet", "--data", str(images), "--weights", "none", "--recipe", "demo", "--device", "cpu",
+        "--fp-epochs", "1", "--epochs", "2", "--output", str(folder / "runs"), "--experiment", "run",
+    ]  # fmt: skip
     assert siman(arguments) == 0
     return Trained(folder, Run(folder / "runs" / "run"))

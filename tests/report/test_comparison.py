@@ -10,8 +10,8 @@ import pytest
 import torch
 import yaml
 from chromium import opened
-from conftest import Trained
 from torch import Tensor
+from trained_run import Trained
 
 from siman_convert.cli import run as siman
 from siman_convert.errors import InputError

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 from chromium import opened
-from conftest import CLASSES, HOSTILE, Trained
 from PIL import Image
+from trained_run import CLASSES, HOSTILE, Trained
 
 from siman_convert.cli import run as siman
 from siman_convert.cli.report import LIBRARIES
