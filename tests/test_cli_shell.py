@@ -34,17 +34,9 @@ HEAVY = (
     "accelerate",
 )  # typer takes pydantic itself
 FAST = [
-    "--epochs",
-    "1",
-    "--img-size",
-    "32",
-    "--set",
-    "calibration_images=64",
-    "--set",
-    "final_calibration_images=0",
-    "--device",
-    "cpu",
-]
+    "--epochs", "1", "--img-size", "32", "--set", "calibration_images=64", "--set", "final_calibration_images=0",
+    "--device", "cpu",
+]  # fmt: skip
 ARGUMENTS = {  # of every command that there is; RUN, ONNX, IMAGE, DATA and NEW stand for paths
     "convert": ["test_resnet", "--data", "DATA", "--weights", "none", "--output", "NEW", *FAST],
     "eval": ["ONNX"],
