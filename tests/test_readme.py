@@ -27,6 +27,7 @@ SMALLER = {  # on the page -> here: the same commands on a small network, few im
     r"--nproc-per-node 8": "--nproc-per-node 2",
     r"--num_processes 8": "--num_processes 1",
     r"-j 8": "-j 0",
+    r"siman bench": "siman bench --seconds 0.2",
     r"-b 16 --epochs 12": "-b 64 --epochs 1",
     r"--data digits": "--data digits --img-size 32",
     r'"calibration_images": 64': '"calibration_images": 64, "img_size": 32',

@@ -1,13 +1,13 @@
-"""Runs that are killed or stopped, in processes of their own, end as an uninterrupted run does: bit for bit.
+"""Runs that are stopped, or killed where it matters most, end as an uninterrupted run does: bit for bit.
 
-They distil from their own full-precision phase and re-estimate BatchNorm at the end, as the default recipe does.
+`tests/faults` kills at every other moment. These distil from their own full-precision phase and re-estimate BatchNorm at
+the end, as the default recipe does.
 """
 
 import itertools
 import json
 import os
 import pkgutil
-import random
 import shlex
 import shutil
 import signal
@@ -46,53 +46,6 @@ def uninterrupted(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Run
     output = tmp_path_factory.mktemp("uninterrupted")
     start(command(output, digits))
     return Run(output / "run")
-
-
-def visible_files_are_whole(folder: Path) -> None:
-    """Whatever stands under its final name can be read."""
-    if (folder / "run").exists():
-        run = Run(folder / "run")
-        assert run.info().model == "test_resnet"
-        assert (run.recipe().epochs, bool(run.plan().binarized)) == (3, True)
-        assert isinstance(run.metrics(), list)
-
-
-def kill_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Kill after so long; returns whether it had ended by itself before."""
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-        return False
-    return True
-
-
-@pytest.mark.slow
-def test_killed_runs_resume_to_the_same_bits(digits: Path, tmp_path: Path, uninterrupted: Run) -> None:
-    seed = int(os.environ.get("SIMAN_KILL_SEED", "1"))
-    chance = random.Random(seed)
-    run_folder = tmp_path / "run"
-    arguments = command(tmp_path, digits, "--save-every", "0")
-    kills = 0
-    for _ in range(40):
-        with subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
-            while process.poll() is None and not run_folder.exists():
-                time.sleep(0.01)
-            if run_folder.exists() and "--resume" not in arguments:
-                arguments = [*SIMAN, "convert", "--resume", str(run_folder), "--device", "cpu", "--save-every", "0"]
-            if kills >= 4:
-                assert process.wait(timeout=300) == 0, process.stderr.read()  # type: ignore[union-attr]
-                break
-            starting = 0 if kills == 0 else 4.0  # a resumed process imports torch for a while first
-            if kill_within(process, starting + chance.uniform(0, 4)):
-                assert process.returncode == 0
-                break
-            kills += 1
-        visible_files_are_whole(tmp_path)
-    assert kills >= 1, f"seed {seed}: nothing was killed"
-    assert outcome(Run(run_folder)) == outcome(uninterrupted), f"seed {seed}"
-    assert [path.name for path in run_folder.rglob(".tmp-*")] == []
 
 
 @pytest.mark.slow

@@ -7,11 +7,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_resume import SIMAN, command, outcome, start, uninterrupted, visible_files_are_whole  # noqa: F401  a fixture
+from test_resume import SIMAN, command, outcome, start, uninterrupted  # noqa: F401  a fixture
 
 from siman_convert.runs import Run
 
 KB = 1024
+
+
+def visible_files_are_whole(folder: Path) -> None:
+    """Whatever stands under its final name can be read."""
+    if (folder / "run").exists():
+        run = Run(folder / "run")
+        assert run.info().model == "test_resnet"
+        assert (run.recipe().epochs, bool(run.plan().binarized)) == (3, True)
+        assert isinstance(run.metrics(), list)
 
 
 def one_line(arguments: list[str], **settings: object) -> str:
