@@ -14,6 +14,7 @@ from pathlib import Path
 import onnxruntime
 
 from siman_convert.errors import InputError
+from siman_convert.runtime.batches import BatchSession
 from siman_convert.shared_library import find_library
 
 ISA = "SIMAN_ISA"  # environment variable that forces a variant
@@ -74,8 +75,9 @@ def ceiling(variant: str, seconds: float) -> float:
 def session(path: str | Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU that runs siman's operators natively; `path` may be the file's bytes.
 
-    `threads`: of its pool, at most MOST_THREADS; None or 0: ONNX Runtime's choice. Without the library the function body in
-    the file runs. Raises InputError where ONNX Runtime refuses the file, for such a number of threads and an unusable SIMAN_ISA.
+    `threads`: of its pool, at most MOST_THREADS; None or 0: ONNX Runtime's choice. Large batches go through `run` in pieces: see
+    runtime/batches.py. Without the library the function body in the file runs. Raises InputError where ONNX Runtime refuses
+    the file, for such a number of threads and an unusable SIMAN_ISA.
     """
     return open_session(path, threads, use_kernels=variant() is not None)
 
@@ -96,7 +98,8 @@ def open_session(
         options.register_custom_ops_library(str(find_library()))
     try:
         given = path if isinstance(path, bytes) else str(path)
-        return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
+        kind = BatchSession if use_kernels else onnxruntime.InferenceSession
+        return kind(given, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no public base class
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"ONNX Runtime cannot open the graph: {reason}") from error
