@@ -252,9 +252,24 @@ def test_reading_a_profile() -> None:
             event("b", start + 600, b, "Relu", 2, 4),
             event("model_run", start, 100 * (run + 1)),
         ]
-    operators, run_ms = read_profile(events)
+    operators, run_ms = read_profile(events, 4)
     assert operators == [Operator("a", "Conv", (2, 3), 11.0), Operator("b", "Relu", (2, 4), 7.0)]
     assert run_ms == 0.3
+
+
+def test_a_profile_of_batches_in_pieces() -> None:
+    """Two runs, each of a piece of three images and one of two: sums, and the shape of the whole batch."""
+    events = []
+    for start, three, two in [(1000, 500, 400), (3000, 30, 20), (5000, 10, 20)]:
+        for at, images, time in [(start, 3, three), (start + 500, 2, two)]:
+            events += [
+                event("a", at, time, "Conv", images, 8),
+                event("b", at + 1, 5, "Shape"),
+                event("model_run", at, 2 * time),
+            ]
+    operators, run_ms = read_profile(events, 3)
+    assert operators == [Operator("a", "Conv", (5, 8), 40.0), Operator("b", "Shape", (), 10.0)]
+    assert run_ms == 0.08
 
 
 def test_rows_of_a_profile() -> None:
@@ -342,9 +357,9 @@ def test_macs_of_a_profile_are_those_of_the_layers(tmp_path: Path) -> None:
 def test_a_short_profile_still_has_its_runs(fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[dict[str, object]] = []
 
-    def spy(events: list[dict[str, object]]) -> object:
+    def spy(events: list[dict[str, object]], runs: int) -> object:
         seen.extend(events)
-        return read_profile(events)
+        return read_profile(events, runs)
 
     monkeypatch.setattr(layers, "read_profile", spy)
     layer_times(stock(fp32), 1, noise(1, *SIZE), 0.0, None)

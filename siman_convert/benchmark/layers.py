@@ -1,6 +1,7 @@
 """Where the time of a binary network goes: ONNX Runtime's own profiler, operator by operator.
 
-Each operator's time is the median over many runs. The profiler counts whole microseconds and takes a little time itself;
+Each operator's time is the median over many runs; where a run takes its batch in pieces (runtime/batches.py), the sum over
+them. The profiler counts whole microseconds and takes a little time itself;
 the sum, the time of a profiled run and that of an unprofiled one are all given, so that one can see how much.
 
 1-bit MACs of a binary convolution: output elements of the batch times kH * kW * C_in/group, padding taps included. Its
@@ -106,35 +107,40 @@ def layer_times(
         session.run(None, {name: images})
         runs += 1
     path = Path(session.end_profiling())
-    operators, run_ms = read_profile(json.loads(path.read_text(encoding="utf-8")))
+    operators, run_ms = read_profile(json.loads(path.read_text(encoding="utf-8")), runs)
     path.unlink()
     rows = layer_rows(operators, onnx.load(contestant.file).graph)
     return LayerTimes(threads, len(images), rows, run_ms, ceiling)
 
 
-def read_profile(events: list[dict[str, Any]]) -> tuple[list[Operator], float]:
-    """The operators in order of execution, and the median milliseconds of a run; the first run, which warms up, is left out."""
-    runs = [event for event in events if event["name"] == "model_run"][1:]
-    nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith(_KERNEL)]
-    times: dict[str, list[float]] = defaultdict(list)
-    first: dict[str, dict[str, Any]] = {}
-    for event in nodes:
-        if event["ts"] >= runs[0]["ts"]:
-            times[event["name"]].append(event["dur"])
-            first.setdefault(event["name"], event["args"])
+def read_profile(events: list[dict[str, Any]], runs: int) -> tuple[list[Operator], float]:
+    """The operators in order of execution, and the median milliseconds of a run; the first run, which warms up, is left out.
+
+    ONNX Runtime writes one `model_run` for each piece of a batch, equally many for each of the `runs`.
+    """
+    pieces = [event for event in events if event["name"] == "model_run"]
+    nodes: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for event in events:
+        if event["cat"] == "Node" and event["name"].endswith(_KERNEL):
+            nodes[event["name"].removesuffix(_KERNEL)].append(event)
     operators = [
-        Operator(
-            name.removesuffix(_KERNEL), arguments["op_name"], _first_shape(arguments), float(np.median(times[name]))
-        )
-        for name, arguments in first.items()
+        Operator(name, found[0]["args"]["op_name"], _shape(found[: len(found) // runs]), _median(found, runs))
+        for name, found in nodes.items()
     ]
-    return operators, float(np.median([run["dur"] for run in runs])) / 1e3
+    return operators, _median(pieces, runs) / 1e3
 
 
-def _first_shape(arguments: dict[str, Any]) -> Shape:
-    """output_type_shape is [{"float": [1, 64, 56, 56]}, ...]."""
-    shapes = [tuple(shape) for typed in arguments["output_type_shape"] for shape in typed.values()]
-    return shapes[0] if shapes else ()
+def _median(events: list[dict[str, Any]], runs: int) -> float:
+    """Of the runs but the first: the microseconds of all that is one run's."""
+    microseconds = np.array([event["dur"] for event in events]).reshape(runs, -1)
+    return float(np.median(microseconds[1:].sum(axis=1)))
+
+
+def _shape(events: list[dict[str, Any]]) -> Shape:
+    """Of the first output for the whole batch; output_type_shape is [{"float": [1, 64, 56, 56]}, ...] for each piece of it."""
+    outputs = [[shape for typed in event["args"]["output_type_shape"] for shape in typed.values()] for event in events]
+    shapes = [shapes[0] if shapes else [] for shapes in outputs]
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:]) if all(shapes) else ()
 
 
 def layer_rows(operators: list[Operator], graph: onnx.GraphProto) -> tuple[Layer, ...]:

@@ -50,6 +50,7 @@ def bench(
     from siman_convert.backends import require_backend
     from siman_convert.benchmark.comparison import bench
     from siman_convert.cli.bench_text import ProgressLine, bench_record, render_bench
+    from siman_convert.cli.lines import terminal_width
     from siman_convert.report.timing import FILE
 
     chosen = require_backend(backend)
@@ -64,14 +65,14 @@ def bench(
             output=output,
             progress=progress.show,
         )
+    if found.run is not None:  # first: what was measured is not to be lost with the terminal
+        with disk_errors(found.run):
+            write_json(found.run / FILE, {"schema_version": SCHEMA_VERSION, **bench_record(found)})
     say_what_runs_slowly(found.backend, backend)
     if as_json:
         print_json(bench_record(found))
     else:
-        render_bench(Console(), found)
-    if found.run is not None:
-        with disk_errors(found.run):
-            write_json(found.run / FILE, {"schema_version": SCHEMA_VERSION, **bench_record(found)})
+        render_bench(Console(highlight=False), found, terminal_width())
 
 
 def _numbers(flag: str, text: str) -> list[int]:

@@ -8,18 +8,18 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
+from rich.text import Text
 
 from siman_convert.benchmark.comparison import Benchmark, Contest, Result, threads_text
 from siman_convert.benchmark.layers import Layer, LayerTimes
 from siman_convert.benchmark.rounds import Ratio
 from siman_convert.cli.common import QUIET, megabytes
+from siman_convert.cli.lines import table_lines
 from siman_convert.cli.plan_table import NONE, si
 from siman_convert.runtime import native
 
-_FIGURES = 54  # columns that all but a layer's name take
+Row = tuple[str, tuple[str, ...]]  # style and cells
 
 
 class ProgressLine:
@@ -48,23 +48,31 @@ class ProgressLine:
         self._bar.update(self._task, description=text, completed=share, refresh=True)
 
 
-def render_bench(console: Console, found: Benchmark) -> None:
-    """The machine, the contests, a verdict for each pair, sizes, and the layers."""
-    for line in _heading(found):
-        console.print(escape(line), highlight=False, soft_wrap=True)
-    console.print(_contest_table(found))
+def render_bench(console: Console, found: Benchmark, width: int | None) -> None:
+    """The machine, the contests, a verdict for each pair, sizes, and the layers; `width`: see `lines`."""
+    for line in _text_lines(found, width):
+        console.print(line, soft_wrap=True)
+
+
+def _text_lines(found: Benchmark, width: int | None) -> Iterator[Text]:
+    yield from map(Text, _heading(found))
+    yield from _table(_contest_rows(found), width)
     for contest in found.contests:
-        for line in verdict_lines(contest):
-            console.print(escape(line), style="bold", highlight=False, soft_wrap=True)
-    console.print()
-    console.print(_footprint_table(found))
-    for absent in found.absent:
-        console.print(escape(f"{absent.name}: {absent.reason}"), highlight=False, soft_wrap=True)
-    console.print()
-    for line in _layer_heading(found):
-        console.print(escape(line), highlight=False, soft_wrap=True)
-    console.print(_layer_table(found.layers, console.width))
-    console.print(escape(_profiler_line(found)), highlight=False, soft_wrap=True)
+        yield from (Text(line, style="bold") for line in verdict_lines(contest))
+    yield Text()
+    yield from _table(_footprint_rows(found), width)
+    yield from (Text(f"{absent.name}: {absent.reason}") for absent in found.absent)
+    yield Text()
+    yield from map(Text, _layer_heading(found))
+    yield from _table(_layer_rows(found.layers), width)
+    yield Text(_profiler_line(found))
+
+
+def _table(rows: Iterator[Row], width: int | None) -> Iterator[Text]:
+    """A column of names, then figures."""
+    styles, cells = zip(*rows, strict=True)
+    for style, line in zip(styles, table_lines(cells, width, right=range(1, len(cells[0]))), strict=True):
+        yield Text(line, style=style)
 
 
 def _heading(found: Benchmark) -> Iterator[str]:
@@ -80,19 +88,18 @@ def _heading(found: Benchmark) -> Iterator[str]:
     yield ""
 
 
-def _contest_table(found: Benchmark) -> Table:
-    table = _table("", "median", "p95", "images/s", "vs binary", "quartiles")
+def _contest_rows(found: Benchmark) -> Iterator[Row]:
+    titles = ("", "median", "p95", "images/s", "vs binary", "quartiles")
+    yield "bold", titles
     for contest in found.contests:
-        table.add_row(f"[bold]{threads_text(contest.threads)}, batch {contest.batch_size}[/]")
-        for result in contest.results:
-            table.add_row(*_result_cells(result))
-        table.add_row()
-    return table
+        yield "bold", (f"{threads_text(contest.threads)}, batch {contest.batch_size}", *[""] * (len(titles) - 1))
+        yield from (("", _result_cells(result)) for result in contest.results)
+        yield "", ("",) * len(titles)
 
 
 def _result_cells(result: Result) -> tuple[str, ...]:
     return (
-        f"  {escape(result.name)}",
+        f"  {result.name}",
         milliseconds(result.timing.median_ms),
         milliseconds(result.timing.p95_ms),
         f"{result.images_per_second:,.1f}",
@@ -132,13 +139,11 @@ def milliseconds(value: float) -> str:
     return f"{value:,.{digits}f} ms"
 
 
-def _footprint_table(found: Benchmark) -> Table:
-    first = found.contests[0]
-    table = _table("", "ONNX file", "opens in", f"peak memory, batch {first.batch_size}")
+def _footprint_rows(found: Benchmark) -> Iterator[Row]:
+    yield "bold", ("", "ONNX file", "opens in", f"peak memory, batch {found.contests[0].batch_size}")
     for one in found.footprints:
         memory = NONE if one.memory_bytes is None else megabytes(one.memory_bytes)
-        table.add_row(escape(one.name), megabytes(one.file_bytes), milliseconds(one.open_ms), memory)
-    return table
+        yield "", (one.name, megabytes(one.file_bytes), milliseconds(one.open_ms), memory)
 
 
 def _layer_heading(found: Benchmark) -> Iterator[str]:
@@ -150,24 +155,20 @@ def _layer_heading(found: Benchmark) -> Iterator[str]:
         yield "Binary layers are ordinary operators here: their own times need our kernels (--backend native)."
 
 
-def _layer_table(layers: LayerTimes, width: int) -> Table:
-    table = _table("layer", "output", "time", "share", "1-bit\nMACs", "\nGMAC/s", "of\nceiling")
-    table.columns[0].max_width = max(16, width - _FIGURES)
+def _layer_rows(layers: LayerTimes) -> Iterator[Row]:
+    yield "bold", ("", "", "", "", "1-bit", "", "of")
+    yield "bold", ("layer", "output", "time", "share", "MACs", "GMAC/s", "ceiling")
     for layer in layers.layers:
-        table.add_row(*_layer_cells(layer, layers), style="" if layer.kind == "binary" else "dim")
-    table.add_section()
+        yield "" if layer.kind == "binary" else "dim", _layer_cells(layer, layers)
     macs = sum(layer.macs for layer in layers.layers)
-    table.add_row(
-        "all operators", "", milliseconds(layers.operators_ms), "", si(macs) if macs else NONE, "", "", style="bold"
-    )
-    return table
+    yield "bold", ("all operators", "", milliseconds(layers.operators_ms), "", si(macs) if macs else NONE, "", "")
 
 
 def _layer_cells(layer: Layer, layers: LayerTimes) -> tuple[str, ...]:
     of_ceiling = layers.ceiling_share(layer)
     more = f" ({layer.count})" if layer.count > 1 else " (8-bit)" if layer.kind == "8-bit" else ""
     return (
-        escape(f"{layer.name or '(unnamed)'}{more}"),
+        f"{layer.name or '(unnamed)'}{more}",
         "x".join(map(str, layer.output_shape[1:])) if layer.output_shape else "",
         f"{layer.microseconds:,.0f} us",
         f"{layer.share:.1%}",
@@ -185,14 +186,6 @@ def _profiler_line(found: Benchmark) -> str:
     )
 
 
-def _table(first: str, *others: str) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column(f"\n{first}" if "\n" in "".join(others) else first, overflow="fold")
-    for title in others:
-        table.add_column(title, justify="right", no_wrap=True)
-    return table
-
-
 def bench_record(found: Benchmark) -> dict[str, Any]:
     """The same as JSON: milliseconds, bytes, shares from 0 to 1; ratios are the other's time over the binary network's."""
     description, machine = found.description, found.machine
@@ -204,7 +197,7 @@ def bench_record(found: Benchmark) -> dict[str, Any]:
         "takes_images": found.takes_images,
         "backend": found.backend,
         "variant": found.kernels,
-        "note": None if found.backend == "native" else native.MISSING,
+        "note": None if native.variants() else native.MISSING,
         "machine": {**machine._asdict(), "cores": machine.cores._asdict()},
         "contests": [_contest_record(contest) for contest in found.contests],
         "footprints": [asdict(one) for one in found.footprints],

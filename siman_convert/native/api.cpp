@@ -56,7 +56,10 @@ bool is_known(const char* name) {
 }
 
 siman_status choose(const char* name, const siman::Variant** variant) {
-  if (!name) name = std::getenv("SIMAN_ISA");
+  if (!name) {
+    name = std::getenv("SIMAN_ISA");
+    if (name && !*name) name = nullptr;
+  }
   const siman::NamedVariant* found = siman::find_variant(name);
   if (!found) return is_known(name) ? SIMAN_UNSUPPORTED_VARIANT : SIMAN_UNKNOWN_VARIANT;
   if (!found->supported()) return SIMAN_UNSUPPORTED_VARIANT;

@@ -83,7 +83,7 @@ typedef void (*siman_parallel_for)(void* pool, siman_task task, void* context, s
 
 /* weights: (filters, kernel_h, kernel_w, ceil(channels / 8)) bytes, `weight_bytes` in all, laid out as bits.py says.
    scale, bias, slope: one float for each filter. All are copied. variant: a name from siman_variant_name; null takes
-   the environment variable SIMAN_ISA, or without it the first supported one. */
+   the environment variable SIMAN_ISA, or where that is unset or empty the first supported one. */
 SIMAN_API siman_status siman_create(const siman_geometry* geometry, const uint8_t* weights, size_t weight_bytes,
                                     const float* scale, const float* bias, const float* slope, const char* variant,
                                     siman_conv** conv);

@@ -9,6 +9,7 @@ small images are not run one by one: at 32, 0.57 with one thread, 0.39 with two.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,15 +18,19 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-PIECE = 1 << 18  # elements of the input, for each thread: a megabyte of them as float32
+PIECE = 1 << 18  # elements that the network sees, for each thread: a megabyte of them as float32
+KEY = "siman"  # description.KEY, without what that module imports
 
 
 class BatchSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
     """An InferenceSession whose `run` takes a large batch in pieces of about PIECE elements for each thread.
 
-    Only where the input, and every output that is asked for, has images along its first dimension: the graph has to give
-    that dimension one name.
+    Only of a file as siman exports it, whose images do not know of each other; any other is run as it is.
     """
+
+    def __init__(self, path_or_bytes: str | bytes, options: onnxruntime.SessionOptions) -> None:
+        super().__init__(path_or_bytes, options, providers=["CPUExecutionProvider"])
+        self._images = images_of_a_piece(self)
 
     def run(
         self,
@@ -34,23 +39,32 @@ class BatchSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # it ha
         run_options: onnxruntime.RunOptions | None = None,
     ) -> list[Any]:
         """As InferenceSession.run. What it raises, too: a batch that ONNX Runtime refuses is refused in its first piece."""
-        pieces = self._pieces(input_feed)
-        if pieces < 2 or not self._has_batches(output_names):
-            return list(super().run(output_names, input_feed, run_options))
         run = super().run
-        ((name, images),) = input_feed.items()
-        runs = [run(output_names, {name: piece}, run_options) for piece in np.array_split(images, pieces)]
+        images = next(iter(input_feed.values()), None)
+        if (
+            self._images is None
+            or not isinstance(images, np.ndarray)
+            or images.ndim == 0
+            or len(images) <= self._images
+        ):
+            return list(run(output_names, input_feed, run_options))
+        pieces = np.array_split(images, math.ceil(len(images) / self._images))
+        (name,) = input_feed
+        runs = [run(output_names, {name: piece}, run_options) for piece in pieces]
         return [np.concatenate(parts) for parts in zip(*runs, strict=True)]
 
-    def _pieces(self, input_feed: Mapping[str, Any]) -> int:
-        images = next(iter(input_feed.values())) if len(input_feed) == 1 else None
-        if not isinstance(images, np.ndarray) or images.size <= PIECE:
-            return 1
-        threads = self.get_session_options().intra_op_num_threads or os.cpu_count() or 1
-        return math.ceil(len(images) / max(1, PIECE * threads * len(images) // images.size))
 
-    def _has_batches(self, output_names: Sequence[str] | None) -> bool:
-        inputs = self.get_inputs()
-        outputs = [value for value in self.get_outputs() if not output_names or value.name in output_names]
-        names = {value.shape[0] if value.shape else None for value in (*inputs, *outputs)}
-        return len(inputs) == 1 and len(names) == 1 and isinstance(names.pop(), str)
+def images_of_a_piece(session: onnxruntime.InferenceSession) -> int | None:
+    """How many images `run` takes together; None: all of them, as it is no unchanged export of siman's."""
+    meta, inputs, outputs = session.get_modelmeta(), session.get_inputs(), session.get_outputs()
+    if meta.producer_name != KEY or len(inputs) != 1 or len(outputs) != 1:
+        return None
+    batches = {value.shape[0] if value.shape else None for value in (*inputs, *outputs)}
+    try:
+        elements = math.prod(json.loads(meta.custom_metadata_map[KEY])["preprocess"]["input_size"])
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return None
+    if len(batches) != 1 or not isinstance(batches.pop(), str) or not isinstance(elements, int) or elements < 1:
+        return None
+    threads = session.get_session_options().intra_op_num_threads or os.cpu_count() or 1
+    return max(1, PIECE * threads // elements)

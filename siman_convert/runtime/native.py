@@ -48,7 +48,7 @@ def variant() -> str | None:
     if not known:
         return None
     forced = os.environ.get(ISA)
-    if forced is None:
+    if not forced:
         return next(name for name, supported in known.items() if supported)
     if not known.get(forced):
         usable = ", ".join(name for name, supported in known.items() if supported)
@@ -72,24 +72,25 @@ def ceiling(variant: str, seconds: float) -> float:
     return per_second.value
 
 
-def session(path: str | Path | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
+def session(path: str | os.PathLike[str] | bytes, threads: int | None = None) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU that runs siman's operators natively; `path` may be the file's bytes.
 
-    `threads`: of its pool, at most MOST_THREADS; None or 0: ONNX Runtime's choice. Large batches go through `run` in pieces: see
-    runtime/batches.py. Without the library the function body in the file runs. Raises InputError where ONNX Runtime refuses
-    the file, for such a number of threads and an unusable SIMAN_ISA.
+    `threads`: of its pool, at most MOST_THREADS; None or 0: ONNX Runtime's choice. Without the library the function body in
+    the file runs; with it, large batches of a file that siman exported go through `run` in pieces (runtime/batches.py).
+    Raises InputError where ONNX Runtime refuses the file, for such a number of threads and an unusable SIMAN_ISA.
     """
     return open_session(path, threads, use_kernels=variant() is not None)
 
 
 def open_session(
-    path: str | Path | bytes,
+    path: str | os.PathLike[str] | bytes,
     threads: int | None = None,
     *,
     use_kernels: bool = False,
     options: onnxruntime.SessionOptions | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session with the native kernels, or stock. `options`: what else it is to have; they are changed."""
+    file = _path_or_bytes(path)
     options = options or onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; it warns about things its own optimizer does
     if threads is not None:
@@ -97,16 +98,28 @@ def open_session(
     if use_kernels:
         options.register_custom_ops_library(str(find_library()))
     try:
-        given = path if isinstance(path, bytes) else str(path)
-        kind = BatchSession if use_kernels else onnxruntime.InferenceSession
-        return kind(given, options, providers=["CPUExecutionProvider"])
+        if use_kernels:
+            return BatchSession(file, options)
+        return onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no public base class
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"ONNX Runtime cannot open the graph: {reason}") from error
 
 
+def _path_or_bytes(path: str | os.PathLike[str] | bytes) -> str | bytes:
+    if isinstance(path, bytes):
+        return path
+    if not isinstance(path, (str, os.PathLike)):
+        raise InputError(f"{type(path).__name__}: expected the path of an ONNX file, or the file's bytes")
+    given = os.fspath(path)
+    if not Path(given).is_file():
+        what = "is a folder" if given and Path(given).is_dir() else "no such file"
+        raise InputError(f"{given!r}: {what}; expected an ONNX file")
+    return given
+
+
 def _require_threads(threads: int) -> int:
-    if not isinstance(threads, Integral) or not 0 <= threads <= MOST_THREADS:
+    if not isinstance(threads, Integral) or isinstance(threads, bool) or not 0 <= threads <= MOST_THREADS:
         raise InputError(
             f"threads={threads!r}: expected a whole number in 0..{MOST_THREADS}; 0 or None: ONNX Runtime's choice"
         )

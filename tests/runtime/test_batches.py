@@ -1,6 +1,7 @@
 """A session takes a large batch in pieces: the same results and errors, and never of a graph that may mix its images."""
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,25 @@ import pytest
 from test_native_sessions import two_layers
 from test_onnx_op import in_reference, make_model
 
+from siman_convert.description import KEY
 from siman_convert.runtime import batches, native
 
 X = np.random.default_rng(0).standard_normal((7, 70, 9, 10)).astype(np.float32)
 pytestmark = pytest.mark.skipif(native.find_library() is None, reason="the native library was not built here")
 
 
+def as_exported(model: onnx.ModelProto, size: Sequence[object] = X.shape[1:]) -> onnx.ModelProto:
+    model.producer_name = "siman"
+    model.metadata_props.add(key=KEY, value=json.dumps({"preprocess": {"input_size": size}}))
+    return model
+
+
 def opened(model: onnx.ModelProto, threads: int = 1) -> onnxruntime.InferenceSession:
     return native.open_session(model.SerializeToString(), threads, use_kernels=True)
+
+
+def two() -> onnx.ModelProto:
+    return as_exported(make_model(two_layers()))
 
 
 @pytest.fixture
@@ -41,46 +53,70 @@ def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 )
 @pytest.mark.parametrize("names", [None, [], ["y"]])
 def test_pieces(sizes: list[int], threads: int, count: int, expected: list[int], names: list[str] | None) -> None:
-    (got,) = opened(make_model(two_layers()), threads).run(names, {"x": X[:count]})
+    (got,) = opened(two(), threads).run(names, {"x": X[:count]})
     np.testing.assert_array_equal(got, in_reference(X[:count], two_layers()))
     assert sizes == expected
 
 
 def test_images_larger_than_a_piece_go_one_by_one(sizes: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "PIECE", 1)
-    (got,) = opened(make_model(two_layers())).run(None, {"x": X})
+    (got,) = opened(two()).run(None, {"x": X})
     np.testing.assert_array_equal(got, in_reference(X, two_layers()))
     assert sizes == [1] * 7
 
 
-def batch_of(value: onnx.ValueInfoProto) -> onnx.TensorShapeProto.Dimension:
-    return value.type.tensor_type.shape.dim[0]
-
-
 def fixed_batch(model: onnx.ModelProto) -> None:
     for value in (*model.graph.input, *model.graph.output):
-        batch_of(value).dim_value = 7
+        value.type.tensor_type.shape.dim[0].dim_value = 7
 
 
 def batch_of_another_name(model: onnx.ModelProto) -> None:
-    batch_of(model.graph.output[0]).dim_param = "M"
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "M"
 
 
-def sum_over_images(model: onnx.ModelProto) -> None:
-    """Asked for together with what has images it is not to be made of pieces."""
-    model.graph.node.append(onnx.helper.make_node("ReduceSum", ["y"], ["sum"], keepdims=0))
-    model.graph.output.append(onnx.helper.make_tensor_value_info("sum", onnx.TensorProto.FLOAT, ()))
+def softmax_over_images(model: onnx.ModelProto) -> None:
+    model.graph.node.append(onnx.helper.make_node("Softmax", ["y"], ["shares"], axis=0))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("shares", onnx.TensorProto.FLOAT, ("N", *[None] * 3)))
 
 
-@pytest.mark.parametrize("change", [fixed_batch, batch_of_another_name, sum_over_images])
-def test_where_the_batch_may_not_be_cut(sizes: list[int], change) -> None:
-    model = make_model(two_layers())
+def made_by_another(model: onnx.ModelProto) -> None:
+    model.producer_name = "onnx.quantize"
+
+
+def metadata(value: str) -> Callable[[onnx.ModelProto], None]:
+    def change(model: onnx.ModelProto) -> None:
+        model.metadata_props[0].value = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        fixed_batch,
+        batch_of_another_name,
+        softmax_over_images,
+        made_by_another,
+        lambda model: model.ClearField("metadata_props"),
+        *map(
+            metadata,
+            ["", "[1]", "{}", '{"preprocess": {"input_size": [3, "a"]}}', '{"preprocess": {"input_size": [0.5]}}'],
+        ),
+        *map(metadata, ["[" * 100_000, '{"preprocess": {"input_size": [3, -1, 5]}}']),
+    ],
+)
+def test_what_is_no_export_is_run_as_it_is(sizes: list[int], change: Callable[[onnx.ModelProto], None]) -> None:
+    model = two()
     change(model)
-    session = opened(model)
-    np.testing.assert_array_equal(session.run(None, {"x": X})[0], in_reference(X, two_layers()))
+    np.testing.assert_array_equal(opened(model).run(None, {"x": X})[0], in_reference(X, two_layers()))
     assert sizes == [7]
-    session.run(["y"], {"x": X})
-    assert sizes[1:] == ([2, 2, 2, 1] if change is sum_over_images else [7])
+
+
+def test_a_piece_is_of_what_the_network_sees(sizes: list[int]) -> None:
+    """Not of the photos that a file with its preprocessing takes: seven of X are as small as two."""
+    half = as_exported(make_model(two_layers()), (70, 9, 5))
+    opened(half).run(None, {"x": X})
+    assert sizes == [4, 3]
 
 
 def error_of(run: Callable[..., Any], feed: dict[str, Any]) -> tuple[type[Exception], str]:
@@ -96,11 +132,15 @@ def error_of(run: Callable[..., Any], feed: dict[str, Any]) -> tuple[type[Except
     "feed", [{}, {"z": X}, {"x": X[0]}, {"x": X[:, :5]}, {"x": X.astype(np.float64)}, {"x": np.float32(1)}]
 )
 def test_errors_are_onnxruntimes(feed: dict[str, Any]) -> None:
-    session = opened(make_model(two_layers()))
+    session = opened(two())
     assert error_of(session.run, feed) == error_of(super(batches.BatchSession, session).run, feed)
 
 
+def test_the_key_is_that_of_the_description() -> None:
+    assert batches.KEY == KEY
+
+
 def test_lists_are_taken_whole(sizes: list[int]) -> None:
-    (got,) = opened(make_model(two_layers())).run(None, {"x": X.tolist()})
+    (got,) = opened(two()).run(None, {"x": X.tolist()})
     np.testing.assert_array_equal(got, in_reference(X, two_layers()))
     assert sizes == [7]

@@ -60,7 +60,7 @@ def test_an_unusable_variant_is_one_line(model_path: Path, monkeypatch: pytest.M
         siman_convert.session(model_path)
 
 
-@pytest.mark.parametrize("threads", [-1, 20_000, 2**40, 1.5, "2"])
+@pytest.mark.parametrize("threads", [-1, 20_000, 2**40, 1.5, "2", True])
 def test_a_number_of_threads_that_none_can_have_is_one_line(threads: int, model_path: Path) -> None:
     with pytest.raises(InputError, match="threads=.*: expected a whole number in 0..1024"):
         siman_convert.session(model_path, threads=threads)
@@ -77,6 +77,33 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_text("no")
     with pytest.raises(InputError, match="ONNX Runtime cannot open the graph"):
         siman_convert.session(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("", "'': no such file; expected an ONNX file"),
+        ("nowhere.onnx", "'nowhere.onnx': no such file"),
+        (Path(), "'.': is a folder"),
+        (None, "NoneType: expected the path of an ONNX file, or the file's bytes"),
+        (bytearray(b"x"), "bytearray: expected the path"),
+        (onnx.ModelProto(), "ModelProto: expected the path"),
+    ],
+)
+def test_what_is_neither_a_path_nor_bytes_is_one_line(given: object, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        siman_convert.session(given)
+
+
+@needs_library
+def test_an_empty_variant_is_none(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    best = native.variant()
+    monkeypatch.setenv("SIMAN_ISA", "")
+    assert native.variant() == best
+    X = np.ones((1, 70, 5, 5), np.float32)
+    np.testing.assert_array_equal(
+        siman_convert.session(model_path).run(None, {"x": X})[0], in_reference(X, two_layers())
+    )
 
 
 def test_without_the_library(model_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
