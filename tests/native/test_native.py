@@ -188,11 +188,21 @@ def test_the_environment_forces_a_variant(library, monkeypatch):
                 library.conv(**one_layer())
 
 
-@pytest.mark.parametrize(("name", "message"), [("avx1024", "unknown name"), ("", "unknown name")])
-def test_unknown_variant(library, monkeypatch, name, message):
-    monkeypatch.setenv("SIMAN_ISA", name)
-    with pytest.raises(NativeError, match=f"{message}; known are amx, avx512, avx512vnni, avx2, neon and scalar"):
+def test_unknown_variant(library, monkeypatch):
+    known = "unknown name; known are amx, avx512, avx512vnni, avx2, neon and scalar"
+    with pytest.raises(NativeError, match=known):
+        library.conv(**one_layer(), variant="")
+    monkeypatch.setenv("SIMAN_ISA", "avx1024")
+    with pytest.raises(NativeError, match=known):
         library.conv(**one_layer())
+
+
+def test_an_empty_variable_is_none(library, monkeypatch):
+    best, ran = [], []
+    library.conv(**one_layer(), ran=best)
+    monkeypatch.setenv("SIMAN_ISA", "")
+    library.conv(**one_layer(), ran=ran)
+    assert ran == best
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="names a variant of another architecture")
