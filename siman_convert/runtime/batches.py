@@ -25,7 +25,8 @@ KEY = "siman"  # description.KEY, without what that module imports
 class BatchSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
     """An InferenceSession whose `run` takes a large batch in pieces of about PIECE elements for each thread.
 
-    Only of a file as siman exports it, whose images do not know of each other; any other is run as it is.
+    Only where the file says that siman made it, and has one input and one output, as its exports have: their images do
+    not know of each other. Who edits one so that they do has to take InferenceSession itself.
     """
 
     def __init__(self, path_or_bytes: str | bytes, options: onnxruntime.SessionOptions) -> None:
@@ -55,7 +56,7 @@ class BatchSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # it ha
 
 
 def images_of_a_piece(session: onnxruntime.InferenceSession) -> int | None:
-    """How many images `run` takes together; None: all of them, as it is no unchanged export of siman's."""
+    """How many images `run` takes together; None: all of them, as it does not look like an export of siman's."""
     meta, inputs, outputs = session.get_modelmeta(), session.get_inputs(), session.get_outputs()
     if meta.producer_name != KEY or len(inputs) != 1 or len(outputs) != 1:
         return None
