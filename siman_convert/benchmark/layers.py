@@ -1,8 +1,8 @@
 """Where the time of a binary network goes: ONNX Runtime's own profiler, operator by operator.
 
-Each operator's time is the median over many runs; where a run takes its batch in pieces (runtime/batches.py), the sum over
-them. The profiler counts whole microseconds and takes a little time itself;
-the sum, the time of a profiled run and that of an unprofiled one are all given, so that one can see how much.
+Each operator's time is the median over many runs; where a run takes its batch in pieces (runtime/batches.py), of the sums
+over them. The profiler counts whole microseconds and takes a little time itself; the sum, the time of a profiled run and
+that of an unprofiled one are all given, so that one can see how much.
 
 1-bit MACs of a binary convolution: output elements of the batch times kH * kW * C_in/group, padding taps included. Its
 ceiling is what the kernels' inner step does on registers alone, on as many cores as there are threads.

@@ -49,7 +49,7 @@ def bench(
     require_subject(what, output)
     from siman_convert.backends import require_backend
     from siman_convert.benchmark.comparison import bench
-    from siman_convert.cli.bench_text import ProgressLine, bench_record, render_bench
+    from siman_convert.cli.bench_text import ProgressLine, bench_lines, bench_record
     from siman_convert.cli.lines import terminal_width
     from siman_convert.report.timing import FILE
 
@@ -65,14 +65,17 @@ def bench(
             output=output,
             progress=progress.show,
         )
+    record = bench_record(found)
     if found.run is not None:  # first: what was measured is not to be lost with the terminal
         with disk_errors(found.run):
-            write_json(found.run / FILE, {"schema_version": SCHEMA_VERSION, **bench_record(found)})
+            write_json(found.run / FILE, {"schema_version": SCHEMA_VERSION, **record})
     say_what_runs_slowly(found.backend, backend)
     if as_json:
-        print_json(bench_record(found))
-    else:
-        render_bench(Console(highlight=False), found, terminal_width())
+        print_json(record)
+        return
+    console = Console(highlight=False)
+    for line in bench_lines(found, terminal_width()):
+        console.print(line, soft_wrap=True)
 
 
 def _numbers(flag: str, text: str) -> list[int]:

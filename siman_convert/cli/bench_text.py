@@ -48,13 +48,8 @@ class ProgressLine:
         self._bar.update(self._task, description=text, completed=share, refresh=True)
 
 
-def render_bench(console: Console, found: Benchmark, width: int | None) -> None:
+def bench_lines(found: Benchmark, width: int | None) -> Iterator[Text]:
     """The machine, the contests, a verdict for each pair, sizes, and the layers; `width`: see `lines`."""
-    for line in _text_lines(found, width):
-        console.print(line, soft_wrap=True)
-
-
-def _text_lines(found: Benchmark, width: int | None) -> Iterator[Text]:
     yield from map(Text, _heading(found))
     yield from _table(_contest_rows(found), width)
     for contest in found.contests:

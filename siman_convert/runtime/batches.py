@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime
 
 PIECE = 1 << 18  # elements that the network sees, for each thread: a megabyte of them as float32
-KEY = "siman"  # description.KEY, without what that module imports
+PRODUCER = KEY = "siman"  # KEY: description.KEY, without what that module imports
 
 
 class BatchSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # it has no types
@@ -58,7 +58,7 @@ class BatchSession(onnxruntime.InferenceSession):  # type: ignore[misc]  # it ha
 def images_of_a_piece(session: onnxruntime.InferenceSession) -> int | None:
     """How many images `run` takes together; None: all of them, as it does not look like an export of siman's."""
     meta, inputs, outputs = session.get_modelmeta(), session.get_inputs(), session.get_outputs()
-    if meta.producer_name != KEY or len(inputs) != 1 or len(outputs) != 1:
+    if meta.producer_name != PRODUCER or len(inputs) != 1 or len(outputs) != 1:
         return None
     batches = {value.shape[0] if value.shape else None for value in (*inputs, *outputs)}
     try:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import ctypes
 import os
 from numbers import Integral
-from pathlib import Path
+from stat import S_ISREG
 
 import onnxruntime
 
-from siman_convert.errors import InputError
+from siman_convert.errors import InputError, printable
 from siman_convert.runtime.batches import BatchSession
 from siman_convert.shared_library import find_library
 
@@ -111,11 +111,15 @@ def _path_or_bytes(path: str | os.PathLike[str] | bytes) -> str | bytes:
         return path
     if not isinstance(path, (str, os.PathLike)):
         raise InputError(f"{type(path).__name__}: expected the path of an ONNX file, or the file's bytes")
-    given = os.fspath(path)
-    if not Path(given).is_file():
-        what = "is a folder" if given and Path(given).is_dir() else "no such file"
-        raise InputError(f"{given!r}: {what}; expected an ONNX file")
-    return given
+    name = os.fsdecode(path)
+    try:
+        is_file = S_ISREG(os.stat(name).st_mode)  # noqa: PTH116  as typed: Path("") is a folder
+    except (OSError, ValueError) as error:  # ValueError: a NUL in it
+        why = str(getattr(error, "strerror", error)).lower()
+        raise InputError(f"{printable(name)}: cannot be read ({why}); expected an ONNX file") from error
+    if not is_file:  # opening a pipe would wait for its writer
+        raise InputError(f"{printable(name)}: not a file; expected an ONNX file")
+    return name
 
 
 def _require_threads(threads: int) -> int:

@@ -82,9 +82,11 @@ def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("", "'': no such file; expected an ONNX file"),
-        ("nowhere.onnx", "'nowhere.onnx': no such file"),
-        (Path(), "'.': is a folder"),
+        ("", "cannot be read .no such file"),
+        ("nowhere.onnx", r"^nowhere.onnx: cannot be read \(no such file or directory\); expected an ONNX file"),
+        ("a" * 5000, "cannot be read .*too long."),
+        ("a\0b", r"^a\\x00b: cannot be read \(embedded null byte\)"),
+        (Path(), "^.: not a file; expected an ONNX file"),
         (None, "NoneType: expected the path of an ONNX file, or the file's bytes"),
         (bytearray(b"x"), "bytearray: expected the path"),
         (onnx.ModelProto(), "ModelProto: expected the path"),
